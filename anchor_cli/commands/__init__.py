@@ -1,0 +1,1 @@
+"""Floor 4: one thin function a command."""

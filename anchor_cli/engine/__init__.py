@@ -1,0 +1,1 @@
+"""Floor 3: training loop, checkpoints, metrics log, launch, evaluation, export."""

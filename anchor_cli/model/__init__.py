@@ -1,0 +1,1 @@
+"""Floor 2: encoder, attention, reconstruction loss, retrieval metrics."""

@@ -1,0 +1,34 @@
+"""Keys of `metrics.jsonl`; W&B and TensorBoard get the same names."""
+
+from __future__ import annotations
+
+STEP = "step"
+"""Optimizer updates done."""
+EPOCH = "epoch"
+"""Epochs done, a fraction."""
+TIME = "time"
+"""Unix time, s."""
+
+LOSS = "train/loss"
+D2Q_LOSS = "train/d2q_loss"
+Q2D_LOSS = "train/q2d_loss"
+LEARNING_RATE = "train/learning_rate"
+GRAD_NORM = "train/grad_norm"
+
+PAIRS_PER_S = "perf/pairs_per_s"
+TOKENS_PER_S = "perf/tokens_per_s"
+MFU = "perf/mfu"
+"""Model FLOPs per second over the cards' peak, 0 to 1."""
+PEAK_MEMORY_GB = "perf/peak_memory_gb"
+
+EVAL_PREFIX = "eval/"
+EVAL_AVG_NDCG_10 = "eval/avg/ndcg@10"
+EVAL_AVG_MRR_10 = "eval/avg/mrr@10"
+
+TRAIN_KEYS = (LOSS, D2Q_LOSS, Q2D_LOSS, LEARNING_RATE, GRAD_NORM)
+PERF_KEYS = (PAIRS_PER_S, TOKENS_PER_S, MFU, PEAK_MEMORY_GB)
+
+
+def eval_key(benchmark: str, metric: str) -> str:
+    """`eval_key("ko/NanoNQ", "ndcg@10")` is `eval/ko/NanoNQ/ndcg@10`; `"avg"` is the mean over benchmarks."""
+    return f"{EVAL_PREFIX}{benchmark}/{metric}"
