@@ -144,25 +144,25 @@ def make_plan(
             f"max_tokens_per_micro_batch {token_budget} is below the longest row, {longest} tokens",
             hint=f"set max_tokens_per_micro_batch to {longest} or more, or lower max_seq_length and prepare again",
         )
-    most = global_batch_size // world_size
-    count, heaviest = 1, 0
-    epochs = range(math.ceil(total_steps / steps_per_epoch(num_rows, global_batch_size)))
-    for epoch in epochs:
-        for lengths in _epoch_lengths(row_lengths, seed, epoch, global_batch_size):
-            count = max(count, math.ceil(int(lengths.sum(axis=1).max()) / (token_budget * world_size)))
-            while count <= most:
-                _, loads = deal(lengths, world_size * count)
-                heaviest = int(loads.max())
-                if heaviest <= token_budget:
-                    break
-                lengths = lengths[loads.max(axis=1) > token_budget]  # only the steps that did not fit are tried again
-                count += 1
-            if count > most:
-                raise InputError(
-                    f"max_tokens_per_micro_batch {token_budget} is too small to deal {global_batch_size} rows out to"
-                    f" {world_size} processes",
-                    hint=f"set max_tokens_per_micro_batch to {heaviest} or more",
-                )
+    def heaviest(count: int) -> int:
+        """Tokens of the heaviest micro-batch of the run; stops looking at the first that breaks the budget."""
+        worst = 0
+        for epoch in range(math.ceil(total_steps / steps_per_epoch(num_rows, global_batch_size))):
+            for lengths in _epoch_lengths(row_lengths, seed, epoch, global_batch_size):
+                worst = max(worst, int(deal(lengths, world_size * count)[1].max()))
+                if worst > token_budget:
+                    return worst
+        return worst
+
+    count = max(1, global_batch_size * int(row_lengths.min()) // (token_budget * world_size))
+    while (worst := heaviest(count)) > token_budget:
+        count += 1
+        if count > global_batch_size // world_size:
+            raise InputError(
+                f"max_tokens_per_micro_batch {token_budget} is too small to deal {global_batch_size} rows out to"
+                f" {world_size} processes",
+                hint=f"set max_tokens_per_micro_batch to {worst} or more",
+            )
     return BatchPlan(row_lengths, seed, global_batch_size, world_size, count, total_steps)
 
 

@@ -1,0 +1,229 @@
+"""Packed causal attention for stock transformers models: one code path, three kernels.
+
+A packed row holds the tokens of N texts one after another; `cu_seqlens` (N+1,) are the text boundaries. No token sees
+another text and no padding exists. The kernel is a variable-length flash attention on CUDA (`flash-attn` 3 or 2 if
+installed, else PyTorch's own `torch.nn.attention.varlen`), and one causal SDPA per text elsewhere.
+
+The function is registered with transformers' `AttentionInterface`, so the model classes stay stock.
+
+Shapes: T tokens, H query heads, K key/value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from anchor_cli.words.errors import InputError
+
+PACKED_ATTENTION = "anchor_packed"
+KERNELS = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa")
+
+
+class Kernel(Protocol):
+    """(T, H, d), (T, K, d), (T, K, d) -> (T, H, d), causal within each text."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor,
+        lengths: Sequence[int],
+        scale: float,
+    ) -> torch.Tensor: ...
+
+
+def sdpa_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """One causal `scaled_dot_product_attention` per text: exact on every device and dtype, float64 included."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # the CPU flash kernel does not take grouped heads; repeating keeps it off the slow math kernel
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    outs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        for q, k, v in zip(*(t.transpose(0, 1)[None].split(list(lengths), dim=2) for t in (query, key, value)))
+    ]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+def varlen_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """PyTorch's own variable-length flash attention (CUDA, half precision; torch >= 2.10).
+
+    Keyword differences between 2.10 and 2.13 (`is_causal` became `window_size`, `enable_gqa` is new) are told from
+    the signature. Unmeasured on a GPU so far: docs/benchmarks.md.
+    """
+    from torch.nn.attention import varlen
+
+    longest = max(lengths)
+    options: dict[str, Any] = {}
+    names = _parameter_names(varlen.varlen_attn)
+    options.update({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True})
+    if "scale" in names:
+        options["scale"] = scale
+    elif abs(scale * query.shape[-1] ** 0.5 - 1) > 1e-6:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in names:
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    out: torch.Tensor = varlen.varlen_attn(
+        query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, cu_seqlens, longest, longest, **options
+    )
+    return out
+
+
+def flash_2_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """`flash_attn.flash_attn_varlen_func` (flash-attn 2.x); grouped heads are native."""
+    from flash_attn import flash_attn_varlen_func
+
+    longest = max(lengths)
+    out: torch.Tensor = flash_attn_varlen_func(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+    )
+    return out
+
+
+def flash_3_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """`flash_attn_interface.flash_attn_varlen_func` (flash-attn 3, Hopper); may return (out, lse)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    longest = max(lengths)
+    out = flash_attn_varlen_func(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+    )
+    first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return first
+
+
+_KERNELS: dict[str, Kernel] = {
+    "flash_attention_3": flash_3_kernel,
+    "flash_attention_2": flash_2_kernel,
+    "varlen": varlen_kernel,
+    "sdpa": sdpa_kernel,
+}
+_MODULES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+
+
+def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the kernel that will run, for `attn_implementation` = `wish`.
+
+    `auto` takes the first of flash-attn 3, flash-attn 2, torch varlen that is installed, on CUDA with half precision,
+    and SDPA everywhere else. A flash kernel asked for by name falls back to torch's varlen on CUDA when its package is
+    not installed, and to SDPA off CUDA or in fp32/fp64 (no flash kernel exists there): the result is the same text by
+    text, so a spec that says `flash_attention_2` runs whole on a laptop. `anchor doctor` and the run's
+    environment.json name the kernel really used.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if wish not in (*KERNELS, "auto", "eager"):
+        raise InputError(f"attn_implementation: {wish!r} is not one of auto, {', '.join(KERNELS)}")
+    half = dtype in (torch.float16, torch.bfloat16)
+    if wish in ("sdpa", "eager") or device.type != "cuda" or not half:
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(device)
+    for name in KERNELS if wish == "auto" else (wish, "varlen"):
+        if name == "flash_attention_3" and capability[0] != 9:
+            continue
+        if name == "varlen":
+            if importlib.util.find_spec("torch.nn.attention.varlen") is not None and capability[0] >= 8:
+                return name
+        elif name != "sdpa" and importlib.util.find_spec(_MODULES[name]) is not None:
+            return name
+    return "sdpa"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where texts begin and end in a packed row, and the kernel that attends: travels through the model's kwargs."""
+
+    cu_seqlens: torch.Tensor  # (N+1,) int32
+    lengths: tuple[int, ...]
+    kernel: str
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    packing: Packing,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: (1, H, T, d), (1, K, T, d) x2 -> (1, T, H, d).
+
+    Never traced by `torch.compile`: each batch has new text boundaries, and a graph that knew them would be compiled
+    anew every step. `packing` is one opaque object for the same reason.
+    """
+    out = _KERNELS[packing.kernel](
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens=packing.cu_seqlens,
+        lengths=packing.lengths,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+    )
+    return out[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The packed kernels need no mask: text boundaries are in `cu_seqlens`."""
+
+
+def register() -> None:
+    """Make `attn_implementation="anchor_packed"` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
+
+
+def _parameter_names(function: Any) -> frozenset[str]:
+    import inspect
+
+    return frozenset(inspect.signature(function).parameters)
