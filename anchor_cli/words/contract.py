@@ -53,9 +53,9 @@ def check_template(template: str) -> str:
         ValueError: it does not hold `{text}` exactly once, or nothing follows it.
     """
     if template.count("{text}") != 1:
-        raise ValueError("must contain {text} exactly once")
+        raise ValueError("a template with {text} in it exactly once")
     if template.endswith("{text}"):
-        raise ValueError("must end in a closing special token after {text}")
+        raise ValueError("a template that ends in a special token right after {text}")
     return template
 
 
