@@ -170,5 +170,7 @@ def _translate_values(ours: dict[str, Any]) -> None:
     for key in ("eval_steps", "save_steps"):
         if key in ours and ours[key] is None:
             del ours[key]
+    if ours.get("warmup_ratio") == 0:
+        ours["warmup_ratio"] = None  # Hugging Face's default: warmup_steps alone counts
     if ours.get("save_total_limit") == 0:
         ours["save_total_limit"] = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -92,7 +91,7 @@ class RunSpec(BaseModel):
     """AdamW's decoupled weight decay."""
     max_grad_norm: NotNegative = 1.0
     """L2 norm to which the gradient of a step is clipped; 0 switches clipping off."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Course of the learning rate after the warm-up: `linear` falls to 0 at the last step of the schedule."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the order of rows."""
@@ -233,25 +232,6 @@ class RunSpec(BaseModel):
         """Pairs of an optimizer step on `world_size` GPUs or processes."""
         product = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.global_batch_size or product * world_size
-
-    def warmup(self, total_steps: int) -> int:
-        """Warm-up in optimizer steps; a ratio is rounded up, as Hugging Face's Trainer does."""
-        return math.ceil(total_steps * self.warmup_ratio) if self.warmup_ratio else self.warmup_steps
-
-    def eval_every(self, total_steps: int) -> int:
-        """Optimizer steps between evaluations; 0: no evaluation."""
-        return steps_between(self.eval_steps, total_steps)
-
-    def save_every(self, total_steps: int) -> int:
-        """Optimizer steps between checkpoints; 0: only at the end."""
-        return steps_between(self.save_steps, total_steps)
-
-
-def steps_between(steps_or_share: float, total_steps: int) -> int:
-    """Steps as they are; below 1, that share of all steps, rounded down, at least one. 0 stays 0."""
-    if 0 < steps_or_share < 1:
-        return max(1, math.floor(total_steps * steps_or_share + 1e-9))  # 0.29 * 100 is 28.999999999999996
-    return int(steps_or_share)
 
 
 def derived_defaults(given: dict[str, Any]) -> dict[str, Any]:
