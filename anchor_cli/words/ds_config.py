@@ -73,8 +73,8 @@ def configs_folder() -> Path:
 def shipped_folder(name: str) -> Path:
     """A top-level folder of the repository, or its copy inside an installed wheel."""
     package = Path(__file__).resolve().parents[1]
-    beside = package.parent / name
-    return beside if (package.parent / "pyproject.toml").is_file() and beside.is_dir() else package / f"_{name}"
+    inside = package / f"_{name}"
+    return inside if inside.is_dir() else package.parent / name
 
 
 def load_ds_config(name_or_path: str, spec_dir: str | Path) -> dict[str, Any]:
