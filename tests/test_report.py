@@ -1,0 +1,240 @@
+"""`anchor report`: the numbers against the files they came from, the page against a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_runs import BENCHMARKS, make_run
+
+from anchor_cli.engine.report import write_report
+from anchor_cli.engine.report_charts import running_mean, running_median, thin
+from anchor_cli.engine.report_data import effective_lines, read_run, read_runs
+from anchor_cli.engine.report_html import duration, flatten, number
+from anchor_cli.words.errors import InputError
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Checker(HTMLParser):
+    """Collects ids, references and text; fails on tags that do not nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(str(value))
+            if key in ("src", "href", "xlink:href", "action", "data"):
+                self.links.append(str(value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "큐레-0.6B", seed=1, torn=True)
+
+
+@pytest.fixture(scope="module")
+def single_page(crashed: Path) -> Path:
+    return write_report([crashed])
+
+
+def test_page_is_whole_self_contained_and_says_it_all(crashed: Path, single_page: Path) -> None:
+    assert single_page == crashed / "report.html"
+    text = single_page.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids)), "ids of several SVGs collide"
+    for link in checker.links:
+        assert link.startswith("#") and link[1:] in checker.ids, link
+    for reference in re.findall(r"url\(#([^)]+)\)", text):
+        assert reference in checker.ids
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text) and "@import" not in text
+    assert checker.tags.count("svg") == 9 and "script" not in checker.tags
+    shown = "".join(checker.words)
+    for title in ("nDCG@10 by evaluation set", "Loss", "Learning rate", "Gradient norm", "Pairs per second",
+                  "Tokens per second", "Model FLOPs utilisation", "Peak memory", "Progress on the clock",
+                  "What happened", "Spec", "Environment", "resume", "incident", *BENCHMARKS):  # fmt: skip
+        assert title in shown, title
+    assert "큐레-0.6B" in shown and "주어진 질문에 대해 관련 문서를 검색하세요" in shown
+    assert "NVIDIA H100 NVL" in shown and "메모리 부족일 수 있음" in shown
+
+
+def test_best_is_the_best_of_the_file(crashed: Path, single_page: Path) -> None:
+    """The marked score, found again by a naive loop over metrics.jsonl (this run repeats steps 1010 to 1130)."""
+    want: dict[str, tuple[float, int]] = {}
+    by_step = {}
+    for row in (crashed / "metrics.jsonl").read_text().splitlines()[:-1]:
+        line = json.loads(row)
+        if "eval/avg/ndcg@10" in line:
+            by_step[line["step"]] = line
+    for name in (*BENCHMARKS, "avg"):
+        key = f"eval/{name}/ndcg@10"
+        want[name] = max((line[key], -step) for step, line in by_step.items())
+    run = read_run(crashed)
+    for name, (value, minus_step) in want.items():
+        assert run.evaluation(name).best() == (-minus_step, value)
+        label = "average" if name == "avg" else name
+        words = re.sub(r"<[^>]+>", "", single_page.read_text(encoding="utf-8"))
+        assert f"{label} best {value:.3f} at step {-minus_step:,}" in words
+
+
+def test_a_crash_is_not_drawn_twice(crashed: Path) -> None:
+    run = read_run(crashed)
+    steps = run.series("train/loss").steps
+    assert list(steps) == list(range(10, 2001, 10))
+    assert run.superseded == 13  # steps 1010 … 1130, logged again after the resume at 1000
+    assert run.state == "finished" and run.total_steps == 2000
+    assert [event.kind for event in run.marked_events()] == ["incident", "resume"]
+    assert 1300 < run.trained_seconds() < 1900  # 2130 steps of 0.635 s, 9 evaluations; the pause of 90 min is not in it
+
+
+def test_effective_lines_by_hand() -> None:
+    def train(step: int, mark: int) -> dict[str, int]:
+        return {"step": step, "train/loss": mark}
+
+    def evaluation(step: int, mark: int) -> dict[str, int]:
+        return {"step": step, "eval/avg/ndcg@10": mark}
+
+    lines = [evaluation(0, 1), train(1, 2), train(2, 3), evaluation(2, 4), train(3, 5),
+             train(2, 6), evaluation(2, 7), train(3, 8)]  # fmt: skip
+    assert effective_lines(lines) == [evaluation(0, 1), train(1, 2), train(2, 6), evaluation(2, 7), train(3, 8)]
+    # a resume at the very checkpoint that was just evaluated keeps that evaluation
+    kept = effective_lines([train(2, 1), evaluation(2, 2), train(3, 3), train(3, 4)])
+    assert kept == [train(2, 1), evaluation(2, 2), train(3, 4)]
+
+
+def test_several_runs_are_overlaid(crashed: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "only-content", seed=2, crash_at=None, spec={"learning_rate": 2e-5})
+    out = write_report([crashed, other], tmp_path / "both.html")
+    text = out.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == [] and len(checker.ids) == len(set(checker.ids))
+    differing = re.findall(r'<tr class="differs"><td class="mono">([^<]+)', text)
+    assert differing == ["experiment_id", "learning_rate"]
+    same = make_run(tmp_path / "b" / "only-content", num_steps=20, crash_at=None, logging_steps=5, eval_steps=10)
+    assert [run.name for run in read_runs([other, same])] == [f"{tmp_path.name}/only-content", "b/only-content"]
+
+
+def test_a_young_or_poor_run_has_a_page_too(tmp_path: Path) -> None:
+    """No evaluation, no events, no spec, non-finite values: what is there is shown."""
+    folder = tmp_path / "young"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1, "train/loss": 3.5, "train/grad_norm": NaN}\n')
+    text = write_report([folder]).read_text(encoding="utf-8")
+    assert ">Loss" in text and ">Gradient norm" not in text and "nDCG" not in text
+    (folder / "metrics.jsonl").write_text("")
+    assert "young" in write_report([folder]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "metrics.jsonl: not found"),
+        ('{"step": 1}\n{"step": 2, \n{"step": 3}\n', "metrics.jsonl:2: not JSON"),
+        ("[1]\n", "metrics.jsonl:1: expected a JSON object, found list"),
+        ('{"loss": 1}\n', 'metrics.jsonl:1: no integer "step"'),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError) as error:
+        write_report([tmp_path])
+    assert message in error.value.message
+
+
+def test_no_folder_no_run_twice(tmp_path: Path, crashed: Path) -> None:
+    with pytest.raises(InputError, match="no such run folder"):
+        write_report([tmp_path / "absent"])
+    with pytest.raises(InputError, match="given twice"):
+        write_report([crashed, crashed])
+    with pytest.raises(InputError, match="no run folder"):
+        write_report([])
+
+
+def test_thinning_keeps_every_spike() -> None:
+    values = [0.0] * 50_000
+    values[12_345], values[40_000] = 9.0, -9.0
+    steps, kept = thin(range(50_000), values, limit=100)
+    assert len(kept) <= 100 and steps == sorted(steps)
+    assert (12_345.0, 9.0) in zip(steps, kept, strict=True) and (40_000.0, -9.0) in zip(steps, kept, strict=True)
+
+
+def test_running_mean_and_median_by_hand() -> None:
+    assert running_mean([1, 2, 3, 4, 50], 3) == [1.5, 2, 3, 19, 27]
+    assert running_median([1, 2, 3, 4, 50], 3) == [1.5, 2, 3, 4, 27]
+
+
+def test_small_words() -> None:
+    assert [duration(s) for s in (0, 9, 250, 7500, 273_600)] == ["", "9 s", "4 min 10 s", "2 h 05 min", "3 d 4 h"]
+    assert [number(x) for x in (0, 104_052.3, 196.2, 41.04, 2.4551, 0.0125, 4e-5)] == [
+        "0", "104,052", "196", "41.0", "2.46", "0.0125", "4.0e-05"]  # fmt: skip
+    assert flatten({"a": {"b": [1, 2]}, "c": [{"d": "x"}], "e": None}) == {
+        "a.b": "[1, 2]", "c.0.d": "x", "e": "null"}  # fmt: skip
+
+
+def browser() -> str | None:
+    return next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no chromium or chrome on this host")
+def test_in_a_real_browser(single_page: Path, tmp_path: Path) -> None:
+    """The browser lays out every panel, loads nothing, and the screenshot has the drawn lines' colours in it."""
+    probe = """<script>
+      const box = e => e.getBoundingClientRect();
+      const panels = [...document.querySelectorAll('figure,table,.card')];
+      const bad = panels.filter(e => box(e).right > innerWidth + 1).length;
+      const svgs = [...document.querySelectorAll('svg')].filter(e => box(e).width > 300 && box(e).height > 100).length;
+      const hangul = [...document.querySelectorAll('h1')].map(e => box(e).height > 20).length;
+      const loaded = performance.getEntriesByType('resource').length;
+      document.title = JSON.stringify({bad, svgs, hangul, loaded});
+    </script>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(single_page.read_text(encoding="utf-8").replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'p'}"]
+    dom = subprocess.run(
+        [str(browser()), *flags, "--window-size=1280,3200", "--dump-dom", f"file://{probed}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title is not None
+    assert json.loads(title.group(1)) == {"bad": 0, "svgs": 9, "hangul": 1, "loaded": 0}
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [str(browser()), *flags, "--window-size=1280,3200", f"--screenshot={picture}", f"file://{single_page}"],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    from matplotlib.image import imread
+
+    pixels = (imread(picture)[..., :3] * 255).round().astype(int)  # (H, W, 3)
+    for colour in ((11, 105, 199), (217, 72, 15), (43, 138, 62), (134, 46, 156), (31, 41, 51), (201, 42, 42)):
+        assert (abs(pixels - colour).max(axis=-1) <= 6).sum() > 100, f"nothing drawn in rgb{colour}"
