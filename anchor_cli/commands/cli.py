@@ -1,0 +1,115 @@
+"""The command line: commands in the order in which they are used, and the one place where failures become words.
+
+A command is a plain function `NAME` in `anchor_cli/commands/NAME.py`, with `Annotated` options. Its module imports only
+typer, the standard library and floor 0 at its top, so that `--help` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from anchor_cli import __version__
+from anchor_cli.words.errors import AnchorError, nearest
+
+COMMANDS = {
+    "Start": ("demo", "doctor", "init"),
+    "Prepare": ("prepare", "spec", "plan"),
+    "Train": ("train", "report"),
+    "Use": ("eval", "export"),
+}
+"""Headings of `anchor --help` and the commands below them."""
+
+app = typer.Typer(
+    name="anchor",
+    help="Train text-embedding language models with Stage I of Anchor Embedding (arXiv 2509.03020).",
+    epilog="Exit codes: 0 done, 1 failed while running, 2 wrong usage, spec or input, 75 stopped after saving. "
+    "ANCHOR_DEBUG=1 shows tracebacks.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"anchor {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _anchor(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for _panel, _names in COMMANDS.items():
+    for _name in _names:
+        _module = f"anchor_cli.commands.{_name}"
+        if importlib.util.find_spec(_module) is None:
+            continue
+        app.command(_name, rich_help_panel=_panel)(getattr(importlib.import_module(_module), _name))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; every failure is one or two plain lines on stderr."""
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="anchor", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except AnchorError as error:
+        return _fail(error.message, error.hint, error.exit_code, error)
+    except typer.TyperException as error:  # wrong usage; its base class alone is public
+        return _fail(*_usage(error), 2, error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped", None, 130, None)
+    except BrokenPipeError:  # the reader of stdout has gone, as in `anchor spec … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        return _fail(f"{type(error).__name__}: {first}", "ANCHOR_DEBUG=1 shows where", 1, error)
+
+
+def _usage(error: typer.TyperException) -> tuple[str, str | None]:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "anchor"
+    if message.startswith("No such command"):
+        name = message.split("'")[1]
+        near = nearest(name, [known for names in COMMANDS.values() for known in names])
+        return f"{name}: no such command", f"did you mean anchor {near}?" if near else "anchor --help lists them"
+    return " ".join(message.split()), f"{path} --help explains"
+
+
+def _fail(message: str, hint: str | None, code: int, error: BaseException | None) -> int:
+    if error is not None and os.environ.get("ANCHOR_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    from anchor_cli.words.console import console
+
+    out = console()
+    out.print(f"anchor: {message}", style="bold red" if code == 1 or code == 2 else None)
+    if hint:
+        out.print(f"  {hint}")
+    return code
+
+
+def main() -> None:
+    """Entry point of the `anchor` command."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
