@@ -1,6 +1,6 @@
 """Retrieval metrics of one query, and how sure a difference between two models is. Pure functions on plain numbers.
 
-Two evaluators are the measure of this file, and they disagree in three small things, so a benchmark follows one of them:
+Two evaluators are the measure of this file; they disagree in three small things, so a benchmark follows one of them:
 
     judgements all 0 or 1      as sentence-transformers' InformationRetrievalEvaluator and NanoBEIREvaluator (6.2):
                                ties by ascending document id; queries without a relevant document are left out;

@@ -2,8 +2,8 @@
 
     Q queries, N documents, D dimensions, k wanted
 
-No (Q, N) matrix is ever held: a block of queries meets a block of documents, and of the scores only the best k are kept.
-A score is the cosine computed in float64 and rounded to float32, so that it depends neither on the size of the blocks nor
+No (Q, N) matrix is ever held: a block of queries meets a block of documents, and only the best k scores are kept. A
+score is the cosine computed in float64 and rounded to float32, so that it depends neither on the size of the blocks nor
 on where in a block a document stands, and equal vectors tie exactly (a float32 product promises neither). Score and tie
 order are one int64 key, so that "the best k" has one answer even when every document ties.
 """
@@ -27,13 +27,14 @@ _BLOCK_BYTES = 96 << 20
 _BYTES_A_SCORE = 48  # float64 score, float32 score, int32 bits, int64 key, and the top-k's own copies
 _LOW_32_BITS = 0xFFFFFFFF
 NEAR_IDENTICAL_COSINE = 0.999
-"""Assumption: two different texts above this cosine are one point for a retriever (float16 indexes round near 0.0005)."""
+"""Assumption: two different texts above this cosine are one point for a retriever."""
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
     """(N, D) float64 rows of length 1; a zero row stays zero, as with torch's and sentence-transformers' normalize."""
-    vectors = vectors.to(torch.float64)
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    wide: Tensor = vectors.to(torch.float64)
+    lengths: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    return wide / lengths.clamp_min(1e-12)
 
 
 def check_finite(vectors: Float32Array, what: str) -> None:
@@ -100,9 +101,7 @@ def _best_keys(
     for start in range(0, len(documents), size):
         block = unit_rows(_on(documents[start : start + size], device))
         keys = _keys((queries @ block.T).to(torch.float32), _on(ties[start : start + size], device))
-        if best.shape[1] == k:  # most of a block is worse than what is there
-            keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
-        both = torch.cat([best, keys], dim=1)
+        both = torch.cat([best, keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values], dim=1)
         best = both.topk(min(k, both.shape[1]), dim=1).values
     return best
 
@@ -118,7 +117,7 @@ def _keys(scores: Tensor, ties: Tensor) -> Tensor:
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """float32 bits as int32 that order like the floats (the bits below the sign flipped where negative); own inverse."""
+    """float32 bits as int32 that order like the floats (bits below the sign flipped where negative); own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -129,10 +128,10 @@ def _as_float(ordered: Tensor) -> Tensor:
 def embedding_health(
     documents: Float32Array, pairs: tuple[Float32Array, Float32Array], *, max_documents: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """How the embeddings lie, from documents (N, D) of distinct texts and pairs (P, D), (P, D) of query and relevant document.
+    """How the embeddings lie: documents (N, D) of distinct texts; pairs (P, D), (P, D) of query and relevant document.
 
-    alignment       mean squared distance of a query and its relevant document, 0 to 4, lower is better; uniformity: log
-                    of the mean of exp(-2 d^2) over document pairs, lower is better, 0 is collapse (Wang and Isola 2020)
+    alignment       mean squared distance of a query and its relevant document, 0 to 4, lower is better; and
+    uniformity      log of the mean of exp(-2 d^2) over document pairs, 0 is collapse (Wang and Isola 2020)
     mean_cosine     of document pairs: 0 is isotropic, 1 is collapse (Ethayarajh 2019)
     near_identical  share of documents with another one above cosine 0.999: 1 is collapse
 
