@@ -1,0 +1,201 @@
+"""Prepared pairs, memory-mapped: what `anchor prepare` writes and training reads.
+
+A prepared folder is a `datasets.save_to_disk` folder (Arrow stream files) with `anchor.json` (the text contract),
+`prepare.json` (the manifest), `rejected.jsonl` and `report.html`. It appears by one rename, so a folder with a manifest
+is whole. Shapes: R rows of the set, n tokens of one text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from anchor_cli.data.text import Int32Array
+from anchor_cli.words.contract import TextContract, differences, read_contract
+from anchor_cli.words.errors import InputError
+
+MANIFEST = "prepare.json"
+FORMAT = 1
+"""Version of the folder's layout; another one is refused."""
+
+TEXT_COLUMNS = ("anchor", "positive", "language")
+ID_COLUMNS = ("query_ids", "document_ids")
+NUMBER_COLUMNS = (
+    "query_length",  # tokens, [EOS] included
+    "document_length",
+    "query_content_start",  # index of the first content token
+    "document_content_start",
+    "query_inner_eos",  # [EOS] ids before the closing one: special-token strings in the text
+    "document_inner_eos",
+)
+_REMEDY = "run: anchor prepare SOURCE… --out {folder}"
+
+
+class _Ids(NamedTuple):
+    """One id column of one record batch; views of the memory-mapped file."""
+
+    offsets: Int32Array  # (rows of the batch + 1,)
+    values: Int32Array  # (tokens of the batch,)
+
+    def row(self, index: int) -> Int32Array:
+        return self.values[self.offsets[index] : self.offsets[index + 1]].copy()
+
+
+class PreparedPairs:
+    """The rows of a prepared folder. Nothing is read before it is asked for; lengths are read once, ids row by row."""
+
+    contract: TextContract
+    """How texts became token ids."""
+    fingerprint: str
+    """SHA-256 over contract and rows: equal exactly when the prepared rows are."""
+    num_rows: int
+    manifest: dict[str, Any]
+    """`prepare.json`: counts, sources, options, code version."""
+
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], contract: TextContract, batches: list[pa.RecordBatch]
+    ) -> None:
+        self.folder, self.manifest, self.contract, self._batches = folder, manifest, contract, batches
+        self.fingerprint = str(manifest["fingerprint"])
+        self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])  # (batches + 1,)
+        self.num_rows = int(self._first_rows[-1])
+        self._ids: dict[int, tuple[_Ids, _Ids]] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> PreparedPairs:
+        """Memory-map a prepared folder.
+
+        Raises:
+            InputError: `folder` was not made by `anchor prepare`, is of another layout version, or is damaged.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        contract = read_contract(folder)
+        batches = [batch for entry in manifest["files"] for batch in _read_shard(folder, entry)]
+        pairs = cls(folder, manifest, contract, batches)
+        if pairs.num_rows != manifest["num_rows"]:
+            counted = f"{pairs.num_rows} rows, {MANIFEST} says {manifest['num_rows']}"
+            raise InputError(f"{folder}: {counted}", _remedy(folder))
+        return pairs
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def require(self, want: TextContract) -> None:
+        """Refuse to go on with data made for another tokenizer, template, instruction or length.
+
+        Raises:
+            InputError: names the first difference; the hint says how to make the right data.
+        """
+        found = [line for line in differences(self.contract, want) if not line.startswith("pooling_mode:")]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            message = f"{self.folder}: prepared otherwise than this run needs: {found[0]}{more}"
+            raise InputError(message, _remedy(self.folder))
+
+    def tokens(self, rows: npt.ArrayLike) -> tuple[list[Int32Array], list[Int32Array]]:
+        """(query ids, document ids) of `rows`, in the order asked; each text is a fresh int32 array (n,)."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
+            raise IndexError(f"row {int(rows.min())}..{int(rows.max())} of {self.num_rows} rows")
+        queries: list[Int32Array] = []
+        documents: list[Int32Array] = []
+        batches = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for batch, index in zip(batches.tolist(), (rows - self._first_rows[batches]).tolist(), strict=True):
+            query, document = self._batch_ids(batch)
+            queries.append(query.row(index))
+            documents.append(document.row(index))
+        return queries, documents
+
+    def texts(self, row: int) -> tuple[str, str, str]:
+        """(query, document, language) of one row, as they came in."""
+        batch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        index = row - int(self._first_rows[batch])
+        query, document, language = (self._batches[batch].column(name)[index].as_py() for name in TEXT_COLUMNS)
+        return query, document, language
+
+    @cached_property
+    def query_lengths(self) -> Int32Array:
+        """(R,) tokens, [EOS] included."""
+        return self._column("query_length")
+
+    @cached_property
+    def document_lengths(self) -> Int32Array:
+        """(R,) tokens, [EOS] included."""
+        return self._column("document_length")
+
+    @cached_property
+    def query_content_starts(self) -> Int32Array:
+        """(R,) index of the first content token."""
+        return self._column("query_content_start")
+
+    @cached_property
+    def document_content_starts(self) -> Int32Array:
+        """(R,) index of the first content token."""
+        return self._column("document_content_start")
+
+    @cached_property
+    def query_inner_eos(self) -> Int32Array:
+        """(R,) [EOS] ids before the closing one."""
+        return self._column("query_inner_eos")
+
+    @cached_property
+    def document_inner_eos(self) -> Int32Array:
+        """(R,) [EOS] ids before the closing one."""
+        return self._column("document_inner_eos")
+
+    def _column(self, name: str) -> Int32Array:
+        values = np.empty(self.num_rows, dtype=np.int32)
+        for first, batch in zip(self._first_rows[:-1].tolist(), self._batches, strict=True):
+            values[first : first + batch.num_rows] = batch.column(name).to_numpy()
+        return values
+
+    def _batch_ids(self, batch: int) -> tuple[_Ids, _Ids]:
+        if batch not in self._ids:
+            query, document = (_views(self._batches[batch].column(name)) for name in ID_COLUMNS)
+            self._ids[batch] = query, document
+        return self._ids[batch]
+
+
+def _views(column: pa.ListArray) -> _Ids:
+    return _Ids(column.offsets.to_numpy(), column.values.to_numpy())
+
+
+def _remedy(folder: Path) -> str:
+    return _REMEDY.format(folder=folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder", _remedy(folder))
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not prepared data, or not whole: {MANIFEST} is missing", _remedy(folder)) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}", _remedy(folder)) from None
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}", _remedy(folder))
+    return manifest
+
+
+def _read_shard(folder: Path, entry: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    path = folder / str(entry["name"])
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != entry["bytes"]:
+            raise InputError(f"{path}: {num_bytes} bytes, {MANIFEST} says {entry['bytes']}", _remedy(folder))
+        with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+            yield from reader
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing", _remedy(folder)) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: damaged: {error}", _remedy(folder)) from None

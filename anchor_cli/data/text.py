@@ -1,0 +1,210 @@
+"""Texts become token ids: the record form, the template, the tokenizer, truncation and the content mask.
+
+Design §2. One text is `{instruction}; {content}` (or `{content}`), stripped, put into the template and tokenised
+*once, whole*, so BPE merges cross the boundary between instruction and content. Content tokens are those whose
+character offsets overlap the content. Normalisation is the tokenizer's own; Qwen3's is Unicode NFC, so ids decode to
+the NFC form of the text.
+
+Shapes: n tokens of one text, [EOS] included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from anchor_cli.words.contract import check_template
+from anchor_cli.words.errors import InputError
+
+SEPARATOR = "!@#$%^&*()"
+"""Marks in a training record where content begins; it never reaches the tokenizer."""
+
+Int32Array = npt.NDArray[np.int32]
+
+_HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
+_LETTER = re.compile(r"[^\W\d_]")
+_HANGUL_SHARE_OF_KOREAN = 0.3  # assumption: Korean questions quote English names, English ones hardly ever Hangul
+
+
+def record(content: str, instruction: str | None) -> str:
+    """The training record: `{instruction}; !@#$%^&*(){content}`, without instruction `!@#$%^&*(){content}`."""
+    return f"{instruction}; {SEPARATOR}{content}" if instruction else f"{SEPARATOR}{content}"
+
+
+def split_record(rec: str) -> tuple[str | None, str]:
+    """(instruction or None, content) of a record, split at the *first* separator: later ones are ordinary text.
+
+    Raises:
+        InputError: no separator, or the part before it does not end in "; ".
+    """
+    before, separator, content = rec.partition(SEPARATOR)
+    if not separator or (before and not before.endswith("; ")):
+        raise InputError(f"not a record: {rec[:60]!r}, expected '{{instruction}}; {SEPARATOR}{{content}}'")
+    return before[: -len("; ")] or None, content
+
+
+def hangul_share(text: str) -> float:
+    """Share of Hangul among the letters of `text`, 0..1; 0.0 when it has no letter."""
+    num_letters = len(_LETTER.findall(text))
+    return len(_HANGUL.findall(text)) / num_letters if num_letters else 0.0
+
+
+def language_of(text: str) -> str:
+    """`ko` or `en`, told from the script alone."""
+    return "ko" if hangul_share(text) >= _HANGUL_SHARE_OF_KOREAN else "en"
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """The tokenizer of a folder, a `tokenizer.json` file or a Hub id, without truncation, padding, post-processor.
+
+    Raises:
+        InputError: there is none, or the file is not a tokenizer.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            remedy = "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…) writes one"
+            raise InputError(f"{path}: not found", remedy)
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else _from_hub(str(model))
+    except InputError:
+        raise
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f"{path}: not a tokenizer: {str(error).splitlines()[0]}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = None
+    return tokenizer
+
+
+def _from_hub(model: str) -> Tokenizer:
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        remedy = "a model is a folder, a tokenizer.json or a Hub id such as Qwen/Qwen3-0.6B"
+        raise InputError(f"{model}: not found", remedy)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Tokenizer.from_file(hf_hub_download(model, "tokenizer.json"))
+    except Exception as error:  # no network, no such model, no access: all the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{model}: no such folder, and not to be had from the Hub: {reason}",
+            "give a folder that holds tokenizer.json, or check the network and HF_TOKEN",
+        ) from None
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer's canonical JSON without what does not change the ids we make of a text.
+
+    Truncation, padding and post-processor are left out because they are never used; the decoder because it only
+    works the other way round.
+    """
+    content = json.loads(tokenizer.to_str())
+    for unused in ("truncation", "padding", "post_processor", "decoder", "version"):
+        content.pop(unused, None)
+    canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def eos_of(tokenizer: Tokenizer, text_template: str) -> tuple[str, int]:
+    """([EOS] string, its id): the one special token that closes the template right after `{text}`.
+
+    Raises:
+        InputError: the template is not `…{text}` and one special token of this tokenizer.
+    """
+    try:
+        closing = check_template(text_template).split("{text}")[1]
+    except ValueError as error:
+        raise InputError(f"text_template {text_template!r}: {error}") from None
+    special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if closing not in special:
+        known = ", ".join(sorted(special)[:8]) or "none"
+        raise InputError(
+            f"text_template {text_template!r}: {closing!r} after {{text}} is not one special token of the tokenizer",
+            f"special tokens here: {known}",
+        )
+    return closing, special[closing]
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """One text as the model sees it."""
+
+    ids: Int32Array
+    """(n,), the last one is [EOS]."""
+    content_start: int
+    """Content tokens are `ids[content_start : n - 1]`."""
+    num_tokens: int
+    """Tokens before truncation, [EOS] included."""
+
+
+class TextEncoder:
+    """Contents in, token ids with their content mask out. See the module's docstring for the rules."""
+
+    def __init__(self, tokenizer: Tokenizer, text_template: str, max_seq_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length
+        self.eos_token, self.eos_token_id = eos_of(tokenizer, text_template)
+        self._prefix = text_template.split("{text}")[0]
+
+    def encode_batch(self, contents: Sequence[str], instruction: str | None) -> list[TokenisedText]:
+        """Tokenise contents that share an instruction.
+
+        Raises:
+            InputError: template and instruction leave no room for content in `max_seq_length` tokens.
+        """
+        texts = self.try_encode_batch(contents, instruction)
+        for content, text in zip(contents, texts, strict=True):
+            if text is None:
+                raise InputError(
+                    f"no room for content: template and instruction {instruction!r} fill the "
+                    f"{self.max_seq_length} tokens of max_seq_length (text {content[:40]!r})",
+                    "raise max_seq_length or shorten the instruction",
+                )
+        return [text for text in texts if text is not None]
+
+    def try_encode_batch(self, contents: Sequence[str], instruction: str | None) -> list[TokenisedText | None]:
+        """As `encode_batch`, with None where there is no room for any content."""
+        head = f"{instruction}; " if instruction else ""
+        texts = [head + content for content in contents]
+        stripped = [text.strip() for text in texts]
+        templated = [f"{self._prefix}{text}{self.eos_token}" for text in stripped]
+        encodings = self.tokenizer.encode_batch(templated, add_special_tokens=False)
+        tokenised: list[TokenisedText | None] = []
+        for text, short, encoding in zip(texts, stripped, encodings, strict=True):
+            num_stripped_left = len(text) - len(text.lstrip()) if text[:1].isspace() else 0
+            begin = max(len(head) - num_stripped_left, 0)  # of the content, in the stripped text
+            tokenised.append(self._tokenised(encoding, len(self._prefix) + begin, len(self._prefix) + len(short)))
+        return tokenised
+
+    def _tokenised(self, encoding: Encoding, begin: int, end: int) -> TokenisedText | None:
+        ids = np.array(encoding.ids, dtype=np.int32)  # (num_tokens,)
+        if not len(ids) or ids[-1] != self.eos_token_id:
+            raise InputError(f"the tokenizer does not end a text in {self.eos_token!r}", "text_template must end in it")
+        num_tokens = len(ids)
+        content_start = _first_content_token(encoding, begin, end) if begin < end else num_tokens - 1
+        if num_tokens > self.max_seq_length:
+            ids = np.append(ids[: self.max_seq_length - 1], np.int32(self.eos_token_id))
+        if content_start > len(ids) - 1 or (content_start == len(ids) - 1 and num_tokens > len(ids)):
+            return None
+        return TokenisedText(ids, content_start, num_tokens)
+
+
+def _first_content_token(encoding: Encoding, begin: int, end: int) -> int:
+    """Index of the first token that overlaps characters begin..end; all later ones but [EOS] do too."""
+    token = encoding.char_to_token(begin)
+    if token is not None:
+        return int(token)
+    for index, (left, right) in enumerate(encoding.offsets):  # a normaliser dropped that very character
+        if right > begin and left < end and right > left:
+            return index
+    return len(encoding.ids) - 1  # nothing of the content was left
