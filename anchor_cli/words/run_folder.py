@@ -93,7 +93,8 @@ def best_checkpoint(run: str | Path) -> Path | None:
 
 def newest_checkpoint(run: str | Path) -> Path | None:
     """The checkpoint of the highest step; None when there is none."""
-    return (list_checkpoints(run) or [None])[-1]
+    found = list_checkpoints(run)
+    return found[-1] if found else None
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
