@@ -11,8 +11,6 @@ import typer
 from anchor_cli.words.console import print_json, say
 from anchor_cli.words.errors import InputError
 
-SCHEMA_URL = "https://raw.githubusercontent.com/anchor-cli/anchor/main/docs/spec.schema.json"
-
 
 def init(
     out: Annotated[Path, typer.Argument(metavar="SPEC", help="The file to write.")] = Path("run.json"),
@@ -64,6 +62,7 @@ def init(
 
 
 def _schema() -> str:
-    """The schema beside this installation, if it is a checkout; else the published one."""
-    local = Path(__file__).resolve().parents[2] / "docs" / "spec.schema.json"
-    return local.as_uri() if local.is_file() else SCHEMA_URL
+    """The schema of this installation: in the repository, or in an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_spec.schema.json"
+    return (inside if inside.is_file() else package.parent / "docs" / "spec.schema.json").as_uri()

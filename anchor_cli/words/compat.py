@@ -17,6 +17,7 @@ RENAMED = {
     "retrieval_eval_on_start": "eval_on_start",
     "retrieval_eval_batch_size": "eval_batch_size",
     "max_length": "max_seq_length",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 """Another name for one of our keys, with the same meaning."""
 
@@ -33,7 +34,8 @@ IGNORED = frozenset(
     "do_train do_eval do_predict overwrite_output_dir prediction_loss_only "
     # how rows reach the model: rows are prepared, packed and never padded
     "remove_unused_columns dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
-    "dataloader_persistent_workers dataloader_prefetch_factor length_column_name train_sampling_strategy "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
+    "dataloader_multiprocessing_context length_column_name train_sampling_strategy "
     "per_device_eval_batch_size per_gpu_train_batch_size per_gpu_eval_batch_size eval_accumulation_steps "
     "eval_strategy evaluation_strategy eval_delay eval_use_gather_object eval_do_concat_batches "
     "include_for_metrics include_inputs_for_metrics include_tokens_per_second include_num_input_tokens_seen "
@@ -45,6 +47,7 @@ IGNORED = frozenset(
     "bf16_full_eval fp16_full_eval fp16_opt_level fp16_backend half_precision_backend torchdynamo "
     "torch_compile_backend torch_compile_mode torch_empty_cache_steps gradient_checkpointing_kwargs "
     "use_liger_kernel liger_kernel_config skip_memory_metrics enable_jit_checkpoint use_cache full_determinism "
+    "activation_checkpointing_kwargs "
     # logging, saving, the Hub
     "disable_tqdm log_level log_level_replica log_on_each_node logging_dir logging_strategy logging_first_step "
     "logging_nan_inf_filter debug ray_scope project trackio_space_id trackio_bucket_id trackio_static_space_id "
@@ -115,19 +118,28 @@ def translate(given: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
                 raise InputError(f"{where}: {key}: {json.dumps(value)} is not supported: {why}")
         elif key in IGNORED:
             ignored.append(key)
-        elif key in PRECISION_KEYS:
-            continue
+        elif key in PRECISION_KEYS or (key in RENAMED and value is None):
+            continue  # precision keys are read together below; null is Hugging Face's "not given"
         else:
-            _put(ours, spelled, RENAMED.get(key, key), value, key, where)
+            _put(ours, spelled, RENAMED.get(key, key), value, (key, given), where)
     _put_precision(ours, spelled, given, where)
     _translate_values(ours)
     return ours, spelled, ignored
 
 
-def _put(ours: dict[str, Any], spelled: dict[str, str], name: str, value: Any, key: str, where: str) -> None:
+def _put(
+    ours: dict[str, Any],
+    spelled: dict[str, str],
+    name: str,
+    value: Any,
+    source: tuple[str, dict[str, Any]],
+    where: str,
+) -> None:
+    key, given = source
     if name in ours and ours[name] != value:
         other = spelled.get(name, name)
-        raise InputError(f"{where}: {other} {ours[name]} and {key} {value} contradict each other: both are {name}")
+        one, two = (f"{spelling} {json.dumps(given[spelling])}" for spelling in (other, key))
+        raise InputError(f"{where}: {one} and {two} contradict each other: both are {name}")
     ours[name] = value
     if key != name:
         spelled[name] = key
@@ -147,7 +159,7 @@ def _put_precision(ours: dict[str, Any], spelled: dict[str, str], given: dict[st
                 continue  # no autocast; the weights' own precision stands
             value = "bfloat16" if value else "float32"
         if value is not None:
-            _put(ours, spelled, "precision", value, key, where)
+            _put(ours, spelled, "precision", value, (key, given), where)
 
 
 def _precision_of(value: Any, key: str, where: str) -> str | None:

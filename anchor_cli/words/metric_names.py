@@ -32,3 +32,14 @@ PERF_KEYS = (PAIRS_PER_S, TOKENS_PER_S, MFU, PEAK_MEMORY_GB)
 def eval_key(benchmark: str, metric: str) -> str:
     """`eval_key("ko/NanoNQ", "ndcg@10")` is `eval/ko/NanoNQ/ndcg@10`; `"avg"` is the mean over benchmarks."""
     return f"{EVAL_PREFIX}{benchmark}/{metric}"
+
+
+ALIGNMENT = "alignment"
+"""Mean squared distance of a query and its relevant document, 0 to 4; logged as `eval/{lang}/{subset}/alignment`."""
+UNIFORMITY = "uniformity"
+"""Log of the mean of exp(-2 d^2) over document pairs; 0 is collapse."""
+MEAN_COSINE = "mean_cosine"
+"""Of document pairs (anisotropy); 1 is collapse."""
+NEAR_IDENTICAL = "near_identical"
+"""Share of documents with another one above cosine 0.999, 0 to 1; 1 is collapse."""
+HEALTH_KEYS = (ALIGNMENT, UNIFORMITY, MEAN_COSINE, NEAR_IDENTICAL)

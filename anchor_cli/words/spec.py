@@ -98,10 +98,10 @@ class RunSpec(BaseModel):
 
     # batches
     per_device_train_batch_size: Positive = 32
-    """Pairs a GPU contributes to a step, divided by `gradient_accumulation_steps`. How they are cut into micro-batches
-    is decided by tokens and changes nothing in the result."""
+    """Pairs, a factor of the global batch as in Hugging Face's Trainer. How a GPU's share of a step is cut into
+    micro-batches is decided by tokens instead, and changes nothing in the result."""
     gradient_accumulation_steps: Positive = 1
-    """Factor of the global batch, as in Hugging Face's Trainer."""
+    """Factor of the global batch, as in Hugging Face's Trainer; see `per_device_train_batch_size`."""
     global_batch_size: Positive | None = None
     """Pairs of an optimizer step. Default: `per_device_train_batch_size` x `gradient_accumulation_steps` x GPUs. When
     given, the number of GPUs does not change the run."""

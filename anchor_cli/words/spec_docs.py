@@ -1,6 +1,6 @@
 """The spec's documentation, made from the spec: what a key expects, the JSON Schema, the reference page.
 
-    python -m anchor_cli.words.spec_docs        writes docs/spec.schema.json and docs/reference/spec.md
+python -m anchor_cli.words.spec_docs        writes docs/spec.schema.json and docs/reference/spec.md
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def expected(key: str) -> str:
 
 def _words(prop: dict[str, Any]) -> str:
     if "anyOf" in prop:
-        return " or ".join(_words(kind) for kind in prop["anyOf"])
+        return ", or ".join(_words(kind) for kind in prop["anyOf"])
     if "const" in prop:
         return json.dumps(prop["const"])
     if "enum" in prop:
@@ -80,7 +80,7 @@ def _words(prop: dict[str, Any]) -> str:
         words = "a text that is not empty"
     if prop.get("pattern"):
         words = "a name for a folder, without slashes"
-    bounds = [f"{says} {prop[name]:g}" for name, says in _BOUNDS.items() if name in prop]
+    bounds = [f"{says} {shown_value(prop[name])}" for name, says in _BOUNDS.items() if name in prop]
     return " ".join([words, " and ".join(bounds)]).strip()
 
 

@@ -1,0 +1,376 @@
+"""The run spec: what loads, what it says, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from anchor_cli.commands.cli import run
+from anchor_cli.words import compat, spec_docs
+from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO
+from anchor_cli.words.errors import InputError
+from anchor_cli.words.spec import NOT_OF_THE_RESULT, RunSpec, load_spec
+from anchor_cli.words.spec_reading import read_spec
+
+REPOSITORY = Path(__file__).parents[1]
+LEAST = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_file_path": "pairs"}
+# A file of the research code, key for key (its Stage I run of Qwen3-0.6B).
+RESEARCH = {
+    "model_name_or_path": "Qwen/Qwen3-0.6B",
+    "bidirectional": False,
+    "pooling_mode": "eos_token",
+    "dataset_name": "KoEnQP",
+    "dataset_file_path": "/data/train_ko_en",
+    "remove_unused_columns": False,
+    "learning_rate": 4e-5,
+    "num_train_epochs": 1,
+    "warmup_ratio": 0.1,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "gradient_accumulation_steps": 2,
+    "do_train": True,
+    "disable_tqdm": False,
+    "max_seq_length": 2048,
+    "overwrite_output_dir": True,
+    "output_dir": "out",
+    "logging_steps": 1,
+    "save_steps": 0.2,
+    "save_only_model": True,
+    "gradient_checkpointing": True,
+    "torch_dtype": "bfloat16",
+    "attn_implementation": "flash_attention_2",
+    "bf16": True,
+    "seed": 42,
+    "dataloader_num_workers": 8,
+    "ddp_find_unused_parameters": False,
+    "report_to": "wandb",
+    "run_name": "stage-I",
+    "d2q_weight": 0.8,
+    "q2d_weight": 0.2,
+    "retrieval_eval_steps": 0.05,
+    "retrieval_eval_on_start": True,
+    "retrieval_eval_batch_size": 64,
+}
+
+
+def write(folder: Path, spec: dict[str, Any]) -> Path:
+    path = folder / "run.json"
+    path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def test_the_keys_are_those_of_the_design() -> None:
+    want = """model_name_or_path dataset_name dataset_file_path output_dir experiment_id
+    max_seq_length pooling_mode instructions text_template reconstruction_targets d2q_weight q2d_weight
+    learning_rate num_train_epochs warmup_steps warmup_ratio max_steps stop_after_n_steps weight_decay max_grad_norm
+    lr_scheduler_type seed per_device_train_batch_size gradient_accumulation_steps global_batch_size
+    max_tokens_per_micro_batch precision attn_implementation gradient_checkpointing torch_compile deepspeed
+    eval_steps eval_on_start eval_batch_size eval_data save_steps save_total_limit logging_steps report_to
+    run_name""".split()
+    assert list(RunSpec.model_fields) == want
+    assert all(field.description for field in RunSpec.model_fields.values())
+    assert set(want) >= NOT_OF_THE_RESULT
+
+
+def test_a_spec_of_the_research_code_loads_and_names_once_what_it_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, RESEARCH)
+    spec = load_spec(path)
+    assert capsys.readouterr().err == (
+        f"{path}: ignored, they mean nothing here: remove_unused_columns, per_device_eval_batch_size, do_train, "
+        "disable_tqdm, overwrite_output_dir, save_only_model, dataloader_num_workers, ddp_find_unused_parameters\n"
+    )
+    assert (spec.precision, spec.eval_steps, spec.eval_on_start, spec.eval_batch_size) == ("bfloat16", 0.05, True, 64)
+    assert (spec.warmup_steps, spec.warmup_ratio) == (0, 0.1)
+    assert spec.global_batch(world_size=2) == 16 * 2 * 2
+    for key in RunSpec.model_fields:
+        if key in RESEARCH:
+            assert getattr(spec, key) == RESEARCH[key]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "train_configs").rglob("*.json")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["spec", str(path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert json.loads(said.out)["ignored"] == []
+    named = json.loads(path.read_text(encoding="utf-8"))["$schema"]
+    assert (path.parent / named).resolve() == REPOSITORY / spec_docs.SCHEMA_PATH
+
+
+def test_kure_is_the_run_of_the_paper_in_korean() -> None:
+    spec = load_spec(REPOSITORY / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json")
+    want = {
+        "model_name_or_path": "Qwen/Qwen3-0.6B",
+        "learning_rate": 4e-5,
+        "warmup_steps": 300,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 2,
+        "max_seq_length": 512,
+        "precision": "bfloat16",
+        "attn_implementation": "flash_attention_2",
+        "gradient_checkpointing": True,
+        "d2q_weight": 0.8,
+        "q2d_weight": 0.2,
+        "eval_steps": 500,
+        "eval_batch_size": 64,
+        "output_dir": "output/stage_I/Qwen3-0.6B-q2d-d2q-WO-PEFT",
+        "deepspeed": "zero2_bf16",
+        "instructions": None,
+    }
+    assert {key: getattr(spec, key) for key in want} == want
+    assert spec.global_batch(world_size=2) == 128
+    assert spec.training_instructions == {"*": INSTRUCTION_KO}
+    assert spec.query_instructions == {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}
+
+
+def test_a_resolved_spec_read_again_is_the_same(tmp_path: Path) -> None:
+    for more in ({}, {"warmup_ratio": 0.1}, {"precision": "float32"}, {"global_batch_size": 100}, {"report_to": []}):
+        spec = load_spec(write(tmp_path, LEAST | more))
+        again = load_spec(write(tmp_path, spec.model_dump()))
+        assert again == spec
+        assert again.fingerprint == spec.fingerprint
+
+
+MISTAKES: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"lerning_rate": 1e-4}, "lerning_rate: unknown key", "did you mean learning_rate?"),
+    ({"Learning-Rate": 1e-4}, "Learning-Rate: unknown key", "did you mean learning_rate?"),
+    ({"xyzzy": 1}, "xyzzy: unknown key", "anchor spec --keys lists all keys"),
+    ({"learning_rate": "4e-5"}, 'learning_rate: got "4e-5", expected a number above 0', None),
+    ({"learning_rate": 0}, "learning_rate: got 0, expected a number above 0", None),
+    ({"learning_rate": True}, "learning_rate: got true, expected a number above 0", None),
+    ({"warmup_steps": 10.5}, "warmup_steps: got 10.5, expected a whole number of at least 0", None),
+    ({"seed": None}, "seed: got null, expected a whole number of at least 0 and below 4294967296", None),
+    ({"precision": "half"}, 'precision: got "half", expected one of bfloat16, float32', None),
+    (
+        {"gradient_checkpointing": "yes"},
+        'gradient_checkpointing: got "yes", expected true or false, or "auto"',
+        None,
+    ),
+    ({"eval_data": "ko:welfare"}, 'eval_data: got "ko:welfare", expected a list, each text, or null', None),
+    ({"instructions": {"ko": 1}}, 'instructions: got {"ko": 1}, expected an object of texts, or null', None),
+    (
+        {"text_template": "user: "},
+        'text_template: got "user: ", expected a template with {text} in it exactly once',
+        None,
+    ),
+    (
+        {"text_template": "user: {text}"},
+        'text_template: got "user: {text}", expected a template that ends in a special token right after {text}',
+        None,
+    ),
+    (
+        {"save_steps": 10.5},
+        "save_steps: got 10.5, expected a whole number of steps, or a share of all steps below 1",
+        None,
+    ),
+    (
+        {"max_steps": 0},
+        "max_steps: got 0, expected a number of steps, or -1 for as many as num_train_epochs gives",
+        None,
+    ),
+    ({"max_seq_length": 4}, "max_seq_length: got 4, expected a whole number of at least 5", None),
+    (
+        {"experiment_id": "a/b"},
+        'experiment_id: got "a/b", expected a name for a folder, without slashes, or null',
+        None,
+    ),
+    ({"d2q_weight": -1}, "d2q_weight: got -1, expected a number of at least 0", None),
+    ({"d2q_weight": 0, "q2d_weight": 0}, "d2q_weight and q2d_weight are both 0: nothing would be learned", None),
+    (
+        {"warmup_steps": 300, "warmup_ratio": 0.1},
+        "warmup_steps 300 and warmup_ratio 0.1 contradict each other",
+        "keep one of them, or set the other to 0",
+    ),
+    (
+        {"global_batch_size": 100, "per_device_train_batch_size": 32},
+        "global_batch_size 100 is not a multiple of per_device_train_batch_size 32 x gradient_accumulation_steps 1",
+        "leave the two out: global_batch_size alone is enough",
+    ),
+    (
+        {"bf16": True, "precision": "float32"},
+        'precision "float32" and bf16 true contradict each other: both are precision',
+        None,
+    ),
+    (
+        {"torch_dtype": "float32", "bf16": True},
+        'torch_dtype "float32" and bf16 true contradict each other: both are precision',
+        None,
+    ),
+    (
+        {"eval_steps": 100, "retrieval_eval_steps": 200},
+        "eval_steps 100 and retrieval_eval_steps 200 contradict each other: both are eval_steps",
+        None,
+    ),
+    (
+        {"torch_dtype": "float16"},
+        'torch_dtype: "float16" is not supported: float16 overflows in training of this kind; '
+        'use "precision": "bfloat16"',
+        None,
+    ),
+    ({"torch_dtype": "int8"}, 'torch_dtype: got "int8", expected bfloat16 or float32', None),
+    (
+        {"fp16": True},
+        'fp16: true is not supported: float16 overflows in training of this kind; use "precision": "bfloat16"',
+        None,
+    ),
+    (
+        {"bidirectional": True},
+        "bidirectional: true is not supported: anchor trains causal encoders only: [EOS] sees the whole text",
+        None,
+    ),
+    (
+        {"use_peft": True, "lora_r": 16},
+        "use_peft: true is not supported: all weights are trained; there are no adapters",
+        None,
+    ),
+    (
+        {"optim": "adafactor"},
+        'optim: "adafactor" is not supported: the optimizer is AdamW with betas 0.9, 0.999 and eps 1e-8',
+        None,
+    ),
+    (
+        {"retrieval_eval_steps": -1},
+        "eval_steps (here retrieval_eval_steps): got -1, expected a number of at least 0",
+        None,
+    ),
+    (
+        {"learning_rate": 0, "seed": -1, "lr_scheduler_type": "none"},
+        "learning_rate: got 0, expected a number above 0",
+        "also wrong: lr_scheduler_type, seed",
+    ),
+    (
+        {"deepspeed": "zero2_bf61"},
+        "deepspeed: zero2_bf61: no such config, expected a name in ds_configs/ or a file",
+        "did you mean zero2_bf16?",
+    ),
+    (
+        {"deepspeed": "zero2_bf16", "precision": "float32"},
+        "deepspeed config: bf16.enabled true contradicts the spec's precision float32",
+        'write "auto" in the DeepSpeed config: the spec decides',
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "line", "hint"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], line: str, hint: str | None
+) -> None:
+    path = write(tmp_path, LEAST | change)
+    assert run(["spec", str(path)]) == 2
+    said = capsys.readouterr()
+    where = "" if line.startswith("deepspeed") else f"{path}: "
+    assert said.err.splitlines() == [f"anchor: {where}{line}"] + ([f"  {hint}"] if hint else [])
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", "line 1, column 2: not JSON: Expecting property name enclosed in double quotes"),
+        ('{"a": 1,}', "line 1, column 8: not JSON: Illegal trailing comma before end of object"),
+        ("[1]", "expected one JSON object, got [1]"),
+        ('{"seed": 1, "seed": 2}', "seed: the key is there twice"),
+        ('{"learning_rate": NaN}', "NaN is not a JSON number"),
+        ("{}", "model_name_or_path: missing, expected a text that is not empty"),
+    ],
+)
+def test_a_file_that_is_no_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text, encoding="utf-8")
+    assert run(["spec", str(path)]) == 2
+    said = capsys.readouterr().err.splitlines()[0]
+    if "JSON: " in line:  # the parser's words differ between Python versions
+        line, said = line.split("JSON: ")[0], said.split("JSON: ")[0]
+        line, said = (text.partition(", column")[0] for text in (line, said))
+    assert said == f"anchor: {path}: {line}"
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["spec", str(tmp_path / "rum.json")]) == 2
+    assert capsys.readouterr().err == (
+        f"anchor: {tmp_path}/rum.json: no such file\n  anchor init writes one to start from\n"
+    )
+    write(tmp_path, LEAST)
+    assert run(["spec", str(tmp_path / "rum.json")]) == 2
+    assert capsys.readouterr().err.splitlines()[1] == f"  did you mean {tmp_path}/run.json?"
+    assert run(["spec", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"anchor: {tmp_path}: is a folder, expected a JSON file"
+
+
+def test_where_values_come_from(tmp_path: Path) -> None:
+    path = write(tmp_path, LEAST | {"torch_dtype": "float32", "seed": 1, "warmup_ratio": 0.5})
+    reading = read_spec(path, ["seed=7", "retrieval_eval_steps=0.5", "run_name=밤", 'instructions={"ko": "찾기"}'])
+    got = {key: source for key, source in reading.sources.items() if source != "default"}
+    assert got == {
+        "model_name_or_path": "file",
+        "dataset_file_path": "file",
+        "precision": "file (torch_dtype)",
+        "warmup_ratio": "file",
+        "seed": "--set",
+        "eval_steps": "--set (retrieval_eval_steps)",
+        "run_name": "--set",
+        "instructions": "--set",
+        "deepspeed": "derived",
+        "warmup_steps": "derived",
+    }
+    spec = reading.spec
+    assert (spec.seed, spec.run_name, spec.deepspeed) == (7, "밤", "zero2_fp32")
+    assert spec.training_instructions == {"ko": "찾기"}
+    assert spec.query_instructions == {"ko": "찾기", "en": INSTRUCTION_EN}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("seed", "--set seed: expected key=value"),
+        ("sead=1", "--set: sead: unknown key"),
+        ("seed=x", '--set: seed: got "x", expected a whole number of at least 0 and below 4294967296'),
+        ("warmup_ratio=0.1", "{path} with --set: warmup_steps 300 and warmup_ratio 0.1 contradict each other"),
+    ],
+)
+def test_a_wrong_override(tmp_path: Path, override: str, line: str) -> None:
+    path = write(tmp_path, LEAST | {"warmup_steps": 300})
+    with pytest.raises(InputError) as error:
+        load_spec(path, [override])
+    assert error.value.message == line.format(path=path)
+
+
+def test_a_spec_is_frozen_and_its_name_says_what_it_depends_on() -> None:
+    spec = RunSpec(**LEAST)
+    with pytest.raises(ValidationError):
+        spec.seed = 2  # type: ignore[misc]
+    assert spec.experiment == f"pairs_Qwen3-0.6B_lr-4e-05_e-3_s-42_{spec.fingerprint[:8]}"
+    same = spec.model_copy(update={"stop_after_n_steps": 5, "save_steps": 1.0, "max_tokens_per_micro_batch": 9})
+    other = spec.model_copy(update={"q2d_weight": 0.3})
+    assert same.fingerprint == spec.fingerprint != other.fingerprint
+    assert spec.model_copy(update={"experiment_id": "x"}).run_folder == Path("output/x")
+
+
+def test_the_global_batch_alone_is_enough() -> None:
+    for batch, want in ((128, 32), (48, 24), (37, 1), (7, 7), (2048, 32)):
+        spec = RunSpec(**LEAST, global_batch_size=batch)
+        assert spec.per_device_train_batch_size == want
+        assert spec.global_batch(world_size=3) == batch
+
+
+def test_every_training_argument_of_hugging_face_is_known() -> None:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {*RunSpec.model_fields, *compat.ALIASES, *compat.IGNORED, *compat.REFUSED}
+    assert {field.name for field in fields(TrainingArguments) if field.init} <= known
+    ours = [set(RunSpec.model_fields), set(compat.ALIASES), set(compat.IGNORED), set(compat.REFUSED)]
+    assert len(set.union(*ours)) == sum(map(len, ours)), "a key has one meaning"
+
+
+def test_generated_pages_are_current() -> None:
+    for name, text in spec_docs.pages().items():
+        assert (REPOSITORY / name).read_text(encoding="utf-8") == text, "run `make docs`"
