@@ -2,14 +2,15 @@
 
     python benchmarks/padded_baseline.py MODEL_FOLDER ROWS [--rows 8] [--steps 3] [--max-seq-length 512]
 
-A stock transformers model; the collator tokenises text and finds the content mask by text; queries and documents are one
-left-padded rectangle each (to the longest text of the batch); four passes a step (encode query, encode document,
+A stock transformers model; the collator tokenises text and finds the content mask by text; queries and documents are
+one left-padded rectangle each (to the longest text of the batch); four passes a step (encode query, encode document,
 reconstruct query, reconstruct document); logits of every position in float32; cross-entropy with ignored positions;
 gradient checkpointing on; AdamW (fused), clipping at 1.0.
 
-It is kept lean, so that the comparison is fair: [EOS] survives truncation, the anchor embedding stands directly before the
-text, no column is wasted (reconstruction runs over L - 1 of L columns), the encoding passes compute no logits, flash
-attention unpads where it is asked for. So it optimises exactly the objective of anchor, and its loss must be equal.
+It is kept lean, so that the comparison is fair: [EOS] survives truncation, the anchor embedding stands directly before
+the text, no column is wasted (reconstruction runs over L - 1 of L columns), the encoding passes compute no logits,
+flash attention unpads where it is asked for. So it optimises exactly the objective of anchor, and its loss must be
+equal.
 
 Legend: B rows, L columns of a side, D hidden size, V vocabulary rows.
 """

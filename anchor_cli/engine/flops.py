@@ -10,7 +10,8 @@ rotary and the embedding look-up are below 1% at the shape of Qwen3-0.6B). The b
     forward, output layer, one target  2 h V
     a text in the objective            encode n tokens, reconstruct n - 1 tokens, n - 1 targets (fewer: see num_targets)
 
-*Model FLOPs* (the numerator of MFU) are those of useful tokens only: no padding, no logits without a target, no recompute.
+*Model FLOPs* (the numerator of MFU) are those of useful tokens only: no padding, no logits without a target, no
+recompute.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ def objective_flops(
     """Model FLOPs, forward and backward, that the reconstruction objective needs for these pairs.
 
     `num_targets` counts target positions of both sides; None means every text's n - 1 (`reconstruction_targets: text`
-    where no content holds an [EOS]). Every layer is counted for every token, as is usual for MFU; that the last layer of
-    the encoding pass is needed at [EOS] only is not taken off.
+    where no content holds an [EOS]). Every layer is counted for every token, as is usual for MFU; that the last layer
+    of the encoding pass is needed at [EOS] only is not taken off.
     """
     lengths = np.concatenate([np.asarray(query_lengths, np.int64), np.asarray(document_lengths, np.int64)])
     targets = int((lengths - 1).sum()) if num_targets is None else num_targets
