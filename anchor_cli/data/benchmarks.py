@@ -3,7 +3,7 @@
     nanobeir                    the four of KURE: NanoMSMARCO and NanoNQ, Korean and English (the default)
     nanobeir:all                all 13 subsets of both languages
     nanobeir:ko                 KURE's two of one language; nanobeir:ko/all its 13
-    nanobeir:en/NanoNQ          one subset
+    nanobeir:en/NanoNQ          one subset; also en:NanoNQ, and NanoNQ for both languages
     DIR, ko:DIR                 a BEIR folder, a folder of the layout of a NanoBEIR data set (every subset; with
                                 DIR/NanoNQ one), or a snapshot (everything in it); `ko:` sets the language, which
                                 otherwise Hangul tells
@@ -74,6 +74,11 @@ def _parts(spec: str) -> list[Part]:
     language, place = None, spec
     if not Path(spec).exists() and (match := re.fullmatch(r"([a-z]{2,3}):(.+)", spec)):
         language, place = match.groups()
+    if not Path(place).exists() and (place in SUBSETS or place.lower() == "nanobeir"):
+        subset = place if place in SUBSETS else ""
+        return [
+            part for known in ([language] if language else HUB_IDS) for part in _nanobeir(f"nanobeir:{known}/{subset}")
+        ]
     if Path(place).is_dir():
         return _folder(place, language)
     if is_nano_folder(Path(place).parent):
@@ -85,10 +90,9 @@ def _parts(spec: str) -> list[Part]:
             f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
         )
     if _HUB_ID.fullmatch(place) and not Path(place.split("/")[0]).exists():
-        source, _, subset = place.partition("/Nano")
-        return [
-            partial(read_nano, source, name, language) for name in (["Nano" + subset] if subset else subsets_of(source))
-        ]
+        owner, name, *subset = place.split("/")
+        source = f"{owner}/{name}"
+        return [partial(read_nano, source, each, language) for each in subset or subsets_of(source)]
     raise InputError(f"--data {spec}: no such folder and no such benchmark", _suggestion(place))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anchor_cli.words.errors import RunError
+from anchor_cli.words.metric_names import ALIGNMENT, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -138,19 +139,19 @@ def embedding_health(
     All but alignment are over a seeded sample of at most `max_documents`; they are NaN-free: one document gives 0.
     """
     queries, relevant = (unit_rows(torch.from_numpy(np.ascontiguousarray(side))) for side in pairs)
-    health = {"alignment": float((queries - relevant).square().sum(1).mean()) if len(queries) else 0.0}
+    health = {ALIGNMENT: float((queries - relevant).square().sum(1).mean()) if len(queries) else 0.0}
     rows = np.arange(len(documents))
     if len(rows) > max_documents:
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), max_documents, replace=False))
     if len(rows) < 2:
-        return health | {"uniformity": 0.0, "mean_cosine": 0.0, "near_identical": 0.0}
+        return health | {UNIFORMITY: 0.0, MEAN_COSINE: 0.0, NEAR_IDENTICAL: 0.0}
     sample = unit_rows(torch.from_numpy(np.ascontiguousarray(documents[rows])))
     cosines = sample @ sample.T
     others = ~torch.eye(len(sample), dtype=torch.bool)
     pair_cosines = cosines[others]
     nearest = cosines.masked_fill(~others, -1.0).amax(dim=1)
     return health | {
-        "uniformity": float(torch.exp(-2 * (2 - 2 * pair_cosines)).mean().log()),
-        "mean_cosine": float(pair_cosines.mean()),
-        "near_identical": float((nearest > NEAR_IDENTICAL_COSINE).double().mean()),
+        UNIFORMITY: float(torch.exp(-2 * (2 - 2 * pair_cosines)).mean().log()),
+        MEAN_COSINE: float(pair_cosines.mean()),
+        NEAR_IDENTICAL: float((nearest > NEAR_IDENTICAL_COSINE).double().mean()),
     }
