@@ -90,9 +90,9 @@ def _parts(spec: str) -> list[Part]:
             f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
         )
     if _HUB_ID.fullmatch(place) and not Path(place.split("/")[0]).exists():
-        owner, name, *subset = place.split("/")
+        owner, name, *subsets = place.split("/")
         source = f"{owner}/{name}"
-        return [partial(read_nano, source, each, language) for each in subset or subsets_of(source)]
+        return [partial(read_nano, source, each, language) for each in subsets or subsets_of(source)]
     raise InputError(f"--data {spec}: no such folder and no such benchmark", _suggestion(place))
 
 

@@ -1,0 +1,66 @@
+"""`anchor eval`: nDCG@10 and MRR@10 of checkpoints and models on retrieval benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anchor_cli.words.console import print_json, say
+from anchor_cli.words.errors import InputError
+
+
+def eval(  # noqa: A001 - the command's name
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CHECKPOINT]...", help="Paths, names such as checkpoint-2000, or Hub ids."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[LANG:]NAME_OR_DIR",
+            help="nanobeir, nanobeir:ko, nanobeir:en/NanoNQ, nanobeir:all, a BEIR folder, a snapshot. "
+            "[default: nanobeir]",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="ndcg@K, mrr@K, recall@K or map@K. [default: ndcg@10, mrr@10]")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="Add a row to compare with: bm25.")] = None,
+    queries: Annotated[int, typer.Option(min=0, help="Show the N worst queries with what was found instead.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for TREC run files and per-query CSV.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens encoded at once.")] = 16384,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Intervals, sizes and embedding health in the JSON.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure retrieval: nDCG@10 and MRR@10 on NanoBEIR (Korean and English) or any BEIR folder."""
+    if baseline not in (None, "bm25"):
+        raise InputError(f"--baseline {baseline}: expected bm25")
+    from anchor_cli.engine.comparison import details as details_of
+    from anchor_cli.engine.comparison import document, show
+    from anchor_cli.engine.evaluate_models import evaluate_models, resolve_models
+    from anchor_cli.engine.evaluation_files import worst_lines, worst_queries, write_files
+
+    metrics = metric or ["ndcg@10", "mrr@10"]
+    models = resolve_models(checkpoints or [], default=baseline is None)
+    outcome = evaluate_models(
+        models, data, metrics=metrics, baseline=baseline is not None, batch_tokens=batch_tokens, device=device
+    )
+    documents = [document(model, metrics) for model in outcome]
+    if details:
+        documents = [each | details_of(model, outcome[0], metrics) for each, model in zip(documents, outcome)]
+    show(outcome, metrics, on_stderr=as_json)
+    for each, model in zip(documents, outcome if queries else []):
+        worst = worst_queries(model, queries, metrics[0])
+        each["worst_queries"] = worst
+        for line in ["", f"worst queries of {model.model}", *worst_lines(worst, metrics[0])]:
+            print(line, file=sys.stderr if as_json else sys.stdout)
+    if out is not None:
+        say(f"{len(write_files(out, outcome, metrics))} files written to {out}")
+    if as_json:
+        print_json(documents[0] if len(documents) == 1 else documents)
