@@ -66,6 +66,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure is one or two plain lines on stderr."""
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="anchor", standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into an exit
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except AnchorError as error:
         return _fail(error.message, error.hint, error.exit_code, error)

@@ -1,7 +1,7 @@
 """Spec files of the research code load as they are: its spellings, and its keys that mean nothing here.
 
-The keys are those of its flat JSON files: LLM2Vec's own arguments (`run_stage_I*.py`) and every field of Hugging Face's
-`TrainingArguments`. A key is ignored only when it cannot change the result; one that would change it is refused by name.
+The keys are those of its flat JSON files: LLM2Vec's own arguments (`run_stage_I*.py`) and every field of Hugging
+Face's `TrainingArguments`. A key is ignored only when it cannot change the result; one that would is refused by name.
 """
 
 from __future__ import annotations

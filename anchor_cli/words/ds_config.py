@@ -27,6 +27,23 @@ TOP_LEVEL_KEYS = frozenset(
 )
 """Top-level keys that are passed on."""
 
+ZERO_KEYS = frozenset(
+    "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions "
+    "allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param "
+    "offload_optimizer sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload "
+    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters "
+    "max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold "
+    "use_all_reduce_for_fetch_params allgather_sequential ignore_unused_parameters legacy_stage1 "
+    "round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights "
+    "zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear "
+    "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
+    "save_muon_momentum_buffer_in_memory leaf_module stage3_gather_fp16_weights_on_model_save "
+    "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
+    "stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save "
+    "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential".split()
+)
+"""Keys below `zero_optimization` that are passed on."""
+
 REFUSED = {
     "optimizer": "the spec's learning_rate and weight_decay make the optimizer (AdamW)",
     "scheduler": "the spec's warmup_steps and lr_scheduler_type make the schedule",
@@ -54,6 +71,9 @@ REFUSED = {
 REFUSED_BELOW = {
     ("bf16", "bf16_master_weights_and_grads"): "master weights are float32",
     ("bf16", "bf16_optimizer_states"): "the optimizer's state is float32",
+    ("zero_optimization", "zenflow"): "it updates weights late, which changes the result",
+    ("zero_optimization", "zero_quantized_weights"): "it rounds weights",
+    ("zero_optimization", "zero_quantized_gradients"): "it rounds gradients",
 }
 
 AUTO_LEFT_TO_DEEPSPEED = (
@@ -114,6 +134,11 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         if isinstance(raw.get(section), dict) and raw[section].get(key):
             raise InputError(f"{where}: {section}.{key}: not supported: {why}", "remove the key")
     zero = raw.get("zero_optimization", {})
+    for key in zero if isinstance(zero, dict) else ():
+        if key not in ZERO_KEYS:
+            near = nearest(key, ZERO_KEYS)
+            hint = f"did you mean {near}?" if near else None
+            raise InputError(f"{where}: zero_optimization.{key}: unknown key", hint)
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise InputError(f"{where}: zero_optimization.stage: got {json.dumps(stage)}, expected 0, 1, 2 or 3")
@@ -136,17 +161,12 @@ def resolve_ds_config(
         InputError: a value that contradicts the spec, an `"auto"` nobody decides.
     """
     made = copy.deepcopy(raw)
-    batches = {
-        "train_micro_batch_size_per_gpu": (spec.per_device_train_batch_size, micro_batch_size),
-        "gradient_accumulation_steps": (spec.gradient_accumulation_steps, gradient_accumulation_steps),
-        "train_batch_size": (
-            spec.global_batch(world_size),
-            micro_batch_size * gradient_accumulation_steps * world_size,
-        ),
-    }
-    for key, (of_the_spec, told) in batches.items():
-        _agree(made, key, of_the_spec, key.replace("train_micro", "per_device_train").replace("_per_gpu", ""))
-        made[key] = told
+    _agree(made, "train_batch_size", spec.global_batch(world_size), f"global batch ({world_size} ranks)")
+    _agree(made, "train_micro_batch_size_per_gpu", spec.per_device_train_batch_size, "per_device_train_batch_size")
+    _agree(made, "gradient_accumulation_steps", spec.gradient_accumulation_steps, "gradient_accumulation_steps")
+    made["train_micro_batch_size_per_gpu"] = micro_batch_size
+    made["gradient_accumulation_steps"] = gradient_accumulation_steps
+    made["train_batch_size"] = micro_batch_size * gradient_accumulation_steps * world_size
     made["gradient_clipping"] = _agree(made, "gradient_clipping", spec.max_grad_norm, "max_grad_norm")
     bf16, fp16 = made.setdefault("bf16", {}), made.get("fp16", {})
     is_bf16 = spec.precision == "bfloat16"

@@ -25,7 +25,8 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk: after a rename, of the parent folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,8 +40,8 @@ def fsync_tree(folder: str | Path) -> None:
         for name in names:
             path = Path(parent, name)
             if path.is_file() and not path.is_symlink():
-                _fsync(path)
-        _fsync(Path(parent))
+                fsync_folder(path)
+        fsync_folder(Path(parent))
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -57,7 +58,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -91,7 +92,7 @@ def staged_folder(final: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _fsync(final.parent)
+    fsync_folder(final.parent)
 
 
 def free_bytes(path: str | Path) -> int:

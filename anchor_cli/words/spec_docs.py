@@ -97,10 +97,9 @@ def reference() -> str:
         "",
         "Generated from `anchor_cli/words/spec.py` by `python -m anchor_cli.words.spec_docs`; a test keeps it current.",
         "",
-        "One flat JSON object. An unknown key is an error with the nearest name. `anchor spec SPEC` prints the resolved",
-        "spec with where each value came from; `--set key=value` overrides a key (the value is read as JSON, else as text).",
-        'Put `"$schema": "https://.../docs/spec.schema.json"` or a relative path into the file and editors complete and',
-        "check it.",
+        "One flat JSON object. An unknown key is an error with the nearest name. `anchor spec SPEC` prints the spec",
+        "resolved, with where each value came from; `--set key=value` overrides a key (the value is read as JSON, else",
+        'as text). A `"$schema"` that names `docs/spec.schema.json` lets editors complete and check the file.',
     ]
     for key, prop in RunSpec.model_json_schema()["properties"].items():
         if key in GROUPS:

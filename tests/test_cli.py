@@ -1,0 +1,192 @@
+"""The command line as a whole: help that costs nothing, failures in words, exit codes, what the README promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anchor_cli import __version__
+from anchor_cli.commands import cli
+from anchor_cli.words import console
+from anchor_cli.words.errors import AnchorError, InputError, RunError, Stopped, nearest
+
+REPOSITORY = Path(__file__).parents[1]
+NAMES = [name for names in cli.COMMANDS.values() for name in names]
+HEAVY = "torch transformers deepspeed datasets numpy pyarrow matplotlib wandb tokenizers pydantic".split()
+
+
+def test_help_groups_commands_and_loads_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom anchor_cli.commands.cli import run\ncode = run(['--help'])\n"
+        f"print('LOADED', sorted(set({HEAVY}) & set(sys.modules)), code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED [] 0"
+    places = [done.stdout.index(f"─ {panel} ─") for panel in cli.COMMANDS]
+    assert places == sorted(places)
+    assert [name for name in NAMES if not re.search(rf"^│ {name} ", done.stdout, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([name, "--help"]) == 0
+    assert f"Usage: anchor {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "err"),
+    [
+        (["trian"], 2, "anchor: trian: no such command\n  did you mean anchor train?\n"),
+        (["xyzzy"], 2, "anchor: xyzzy: no such command\n  anchor --help lists them\n"),
+        (["spec", "--keyz"], 2, "anchor: No such option: --keyz (Possible options: --keys)\n"),
+        (["init", "a", "b"], 2, "anchor: Got unexpected extra argument(s) (b)\n"),
+        (["init", "--global-batch-size", "x"], 2, "anchor: Invalid value for '--global-batch-size': "),
+        (["spec"], 2, "anchor: SPEC is missing, expected a spec file\n  anchor init writes one to start from\n"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], code: int, err: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == code
+    said = capsys.readouterr()
+    assert said.err.startswith(err)
+    assert len(said.err.splitlines()) <= 2
+    assert said.out == ""
+
+
+def test_bare_anchor_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 0
+    assert "Usage: anchor" in capsys.readouterr().out
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"anchor {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "err"),
+    [
+        (InputError("a.json: seed: wrong", "mend it"), 2, "anchor: a.json: seed: wrong\n  mend it\n"),
+        (RunError("rank 3 died"), 1, "anchor: rank 3 died\n"),
+        (Stopped("stopped at step 7"), 75, "anchor: stopped at step 7\n"),
+        (KeyboardInterrupt(), 130, "anchor: stopped\n"),
+        (ZeroDivisionError("[red]1/0[/red]\nmore"), 1, "anchor: ZeroDivisionError: [red]1/0[/red]\n  ANCHOR_DEBUG=1"),
+    ],
+)
+def test_failures_become_words(
+    error: BaseException, code: int, err: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("anchor_cli.words.spec_reading.read_spec", fail)
+    monkeypatch.delenv("ANCHOR_DEBUG", raising=False)
+    assert cli.run(["spec", "x.json"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(err)
+    assert "Traceback" not in said
+    monkeypatch.setenv("ANCHOR_DEBUG", "1")
+    assert cli.run(["spec", "x.json"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code != 130)
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    import pickle
+
+    for kind in (AnchorError, InputError, RunError, Stopped):
+        got = pickle.loads(pickle.dumps(kind("a", "b")))
+        assert (type(got), got.message, got.hint, str(got)) == (kind, "a", "b", "a\nb")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m anchor_cli.commands.cli spec --keys | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_init_writes_a_spec_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    assert cli.run(["init", str(path), "--data", "쌍.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"spec": str(path)}
+    schema = json.loads(path.read_text(encoding="utf-8"))["$schema"]
+    assert Path(schema.removeprefix("file://")).read_bytes() == (REPOSITORY / "docs/spec.schema.json").read_bytes()
+    assert cli.run(["spec", str(path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["spec"]["dataset_file_path"] == "쌍.jsonl"
+    assert shown["sources"]["d2q_weight"] == "default"
+    assert cli.run(["init", str(path), "--data", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"anchor: {path}: exists already\n")
+    assert cli.run(["init", str(path), "--data", "x", "--force"]) == 0
+
+
+def test_init_asks_only_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["init", str(tmp_path / "a.json")]) == 2
+    assert capsys.readouterr().err == "anchor: --data is missing, expected a prepared folder or a raw source\n"
+    assert cli.run(["init", str(tmp_path / "a.json"), "--data", "x", "--global-batch-size", "0"]) == 2
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_result_is_all_there_is_on_stdout_and_wide_letters_line_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model_name_or_path": "m", "dataset_file_path": "한국어", "fp16": False, "tf32": True}))
+    assert cli.run(["spec", str(path)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{path}: ignored, they mean nothing here: tf32\n"
+    from rich.cells import cell_len
+
+    lines = {line.split()[0]: line for line in said.out.splitlines() if line}
+    places = {cell_len(lines[key].partition("  file")[0].rstrip()) for key in ("model_name_or_path",)}
+    assert places == {len("per_device_train_batch_size") + 2 + len('"m"')}
+    columns = [
+        cell_len(line[: line.rindex(source)])
+        for line, source in ((lines["dataset_file_path"], "file"), (lines["seed"], "default"))
+    ]
+    assert columns[0] == columns[1]
+
+
+def test_no_color_and_no_terminal_mean_plain_text() -> None:
+    for extra in ({}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-m", "anchor_cli.commands.cli", "trian"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **extra},
+        )
+        assert done.returncode == 2
+        assert "\x1b[3" not in done.stderr  # no colour
+
+
+def test_progress_without_a_terminal_is_lines_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 4.0, 10.0, 15.0, 20.0, 21.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("reading", total=1000) as bar:
+        for _ in range(5):
+            bar.advance(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 200/1,000 rows, 20.0/s, 40 s left",
+        "reading: 400/1,000 rows, 20.0/s, 30 s left",
+    ]
+
+
+def test_readme_commands_exist() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\s*(?:\$ )?anchor ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert named
+    assert named <= set(NAMES)
+    targets = set(re.findall(r"^\s*(?:\$ )?make ([a-z][a-z-]*)", text, re.MULTILINE))
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert targets <= set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [("lerning_rate", "learning_rate"), ("SEED", "seed"), ("save-steps", "save_steps"), ("zzz", None)],
+)
+def test_nearest(name: str, want: str | None) -> None:
+    assert nearest(name, ["learning_rate", "seed", "save_steps"]) == want
