@@ -190,3 +190,38 @@ def test_readme_commands_exist() -> None:
 )
 def test_nearest(name: str, want: str | None) -> None:
     assert nearest(name, ["learning_rate", "seed", "save_steps"]) == want
+
+
+def test_shell_completion_knows_commands_and_options() -> None:
+    for words, place, want in (("anchor tra", 1, "train"), ("anchor spec --k", 2, "--keys")):
+        env = {**os.environ, "_ANCHOR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+        command = [sys.executable, "-c", "from anchor_cli.commands.cli import main; main()"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        assert done.stdout.split() == [want]
+
+
+def test_the_generated_page_is_current() -> None:
+    from anchor_cli.commands import cli_docs
+
+    assert (REPOSITORY / cli_docs.PAGE).read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_its_configs_and_schema(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(REPOSITORY)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    script = (
+        "from anchor_cli.words.ds_config import configs_folder, load_ds_config\n"
+        "from anchor_cli.commands.cli import run\n"
+        "load_ds_config('zero2_bf16', '/nowhere')\n"
+        "print(configs_folder(), run(['init', 'a.json', '--data', 'x']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=True)
+    assert done.stdout == f"{tmp_path}/site/anchor_cli/_ds_configs 0\n"
+    schema = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["$schema"]
+    assert schema == f"file://{tmp_path}/site/anchor_cli/_spec.schema.json"
+    assert Path(schema.removeprefix("file://")).is_file()
