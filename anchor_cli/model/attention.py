@@ -93,10 +93,10 @@ def varlen_kernel(
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    out: torch.Tensor = varlen.varlen_attn(
+    out = varlen.varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, cu_seqlens, longest, longest, **options
     )
-    return out
+    return out[0] if isinstance(out, tuple) else out
 
 
 def flash_2_kernel(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.words.errors import InputError
@@ -25,6 +26,7 @@ def load_backbone(
         InputError: the folder is missing or not a model, or the Hub could not be reached.
     """
     register()
+    transformers_logging.disable_progress_bar()
     source = str(folder_or_id)
     _refuse_pickled_weights(source)
     try:
@@ -38,6 +40,9 @@ def load_backbone(
             hint="give a folder with config.json and model.safetensors, or a Hub id that this host can reach",
         ) from error
     model.config.use_cache = False
+    # A config that names a pad token (often [EOS]) makes stock models drop the gradient of its embedding row. There is no
+    # padding here, and [EOS] must learn.
+    model.get_input_embeddings().padding_idx = None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -1,0 +1,220 @@
+"""DeepSpeed under one thin adapter: processes, engine, one optimizer step.
+
+Why the arithmetic is right (tests/test_engine.py compares every gradient with a single process, and the doctor does so
+on the user's host): DeepSpeed divides each backward by `gradient_accumulation_steps` and averages over ranks; both
+are undone by one factor, world size × accumulation, so what it accumulates is the plain sum of micro-batch shares, and
+a share is already normalised by the target count of the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anchor_cli.engine.deepspeed_versions import TESTED, refused_deepspeed
+from anchor_cli.model.packed import PairBatch
+from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.words.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. `cpu_group` is a gloo group for small facts that must not touch a GPU; None alone."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The source rank's `value`, anything JSON can say, on every rank (no pickle)."""
+        if self.world_size == 1:
+            return value
+        text = json.dumps(value).encode() if self.rank == source else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, source, group=self.cpu_group)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(buffer, source, group=self.cpu_group)
+        return json.loads(bytes(buffer.tolist()))
+
+    def first_text(self, text: str | None) -> str | None:
+        """The text of the lowest rank that has one, on every rank; None where nobody has."""
+        if self.world_size == 1:
+            return text
+        who = torch.tensor([self.rank if text else self.world_size])
+        dist.all_reduce(who, op=dist.ReduceOp.MIN, group=self.cpu_group)
+        found: str | None = None if who.item() == self.world_size else self.broadcast(text, int(who.item()))
+        return found
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.cpu_group)
+
+
+def environment_ranks() -> tuple[int, int, int] | None:
+    """(rank, local rank, world size) from torchrun's, DeepSpeed's or SLURM's environment; None: started by hand."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
+    return None
+
+
+def start_processes(timeout_s: float = 1800.0) -> Ranks:
+    """Join the process group: NCCL on CUDA, gloo on CPU. Silences DeepSpeed's start-up chatter."""
+    rank, local_rank, world_size = environment_ranks() or (0, 0, 1)
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _complete_environment(rank, local_rank, world_size)
+    with quiet_deepspeed() as deepspeed:
+        if not cuda:
+            # The shm all-reduce op would be compiled at first use (20-100 s, needs a compiler, and a build killed
+            # midway leaves a lock on which every later start hangs); gloo alone does the same work on a CPU.
+            # https://github.com/deepspeedai/DeepSpeed: comm/torch.py build_shm_op reads this table.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if cuda:
+            torch.cuda.set_device(local_rank)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size > 1 else None
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(rank, local_rank, world_size, device, group)
+
+
+def _complete_environment(rank: int, local_rank: int, world_size: int) -> None:
+    """Fill in the rendezvous variables that SLURM or a start by hand leave out."""
+    env = os.environ
+    if world_size == 1 and "MASTER_PORT" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+    elif "MASTER_ADDR" not in env:
+        address = env.get("SLURM_LAUNCH_NODE_IPADDR")
+        if address is None:
+            raise InputError(
+                "MASTER_ADDR is not set, so the processes cannot find each other",
+                hint="export MASTER_ADDR (host of rank 0) and MASTER_PORT before srun",
+            )
+        env["MASTER_ADDR"] = address
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    env.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
+
+
+@contextlib.contextmanager
+def quiet_deepspeed() -> Iterator[Any]:
+    """deepspeed, imported, with its prints on stderr and its log at warnings (stdout is for results)."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    with contextlib.redirect_stdout(sys.stderr if os.environ.get("ANCHOR_DEBUG") else open(os.devnull, "w")):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if refusal := refused_deepspeed(deepspeed.__version__):
+            raise InputError(refusal, hint=f"pip install deepspeed=={TESTED}")
+        yield deepspeed
+
+
+class NonFiniteGradient(RunError):
+    """The gradient of a step is not finite; raised before the update, on every rank."""
+
+
+def build_engine(
+    model: ReconstructionModel, spec: RunSpec, ds_config: dict[str, Any], device: torch.device
+) -> tuple[Any, torch.optim.Optimizer]:
+    """DeepSpeed's engine around the model, with AdamW (design §2), and the AdamW inside.
+
+    Weight decay, where asked for, leaves out biases and norms (Hugging Face Trainer's rule).
+    """
+    stage = ds_config["zero_optimization"]["stage"]
+    if stage == 0:
+        raise InputError(
+            f"deepspeed {spec.deepspeed}: ZeRO stage 0 is not supported: checkpoints are made of ZeRO's fp32 state",
+            hint="use stage 1, which changes nothing on one GPU and saves memory on several",
+        )
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in named], "weight_decay": spec.weight_decay}]
+    if spec.weight_decay:
+        decayed = [p for _, p in named if p.ndim > 1]
+        rest = [p for _, p in named if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": spec.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+    offloaded = "offload_optimizer" in ds_config["zero_optimization"]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=spec.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True if device.type == "cuda" and not offloaded else None,
+    )
+    ds_config = {**ds_config, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    with quiet_deepspeed() as deepspeed:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    optimizer.register_step_pre_hook(lambda *_: refuse_non_finite(engine))
+    return engine, optimizer
+
+
+def refuse_non_finite(engine: Any) -> None:
+    """Called by AdamW right before it changes weights: the norm of the whole gradient must be a number.
+
+    DeepSpeed reports an infinite or NaN norm as -1 (stage_1_and_2.py, `scaled_global_norm`).
+    """
+    norm = getattr(engine.optimizer, "_global_grad_norm", None)
+    if norm is not None and not (math.isfinite(value := float(norm)) and value >= 0):
+        raise NonFiniteGradient(f"the gradient is not finite (norm {'inf or nan' if value == -1 else value})")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over this rank's share of a step, on the device, not waited for."""
+
+    d2q_sum: torch.Tensor
+    q2d_sum: torch.Tensor
+
+
+def train_step(
+    engine: Any, micro_batches: Iterable[PairBatch], *, d2q_scale: float, q2d_scale: float, learning_rate: float
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches: exactly `gradient_accumulation_steps` of them.
+
+    Args:
+        d2q_scale: weight of one D2Q target in the step's loss: d2q_weight / (D2Q targets of the whole step).
+        q2d_scale: the same for Q2D.
+    Raises:
+        NonFiniteGradient: before any weight has changed.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    undo = engine.world_size * engine.gradient_accumulation_steps()
+    d2q_sum = q2d_sum = torch.zeros((), device=engine.device)
+    for batch in micro_batches:
+        out = engine(batch, d2q_scale, q2d_scale)
+        engine.backward(out.loss * undo)
+        engine.step()
+        d2q_sum, q2d_sum = d2q_sum + out.d2q_sum, q2d_sum + out.q2d_sum
+    if getattr(engine.optimizer, "overflow", False):  # fp32: DeepSpeed skips the update by itself
+        raise NonFiniteGradient("the gradient is not finite")
+    return StepResult(d2q_sum, q2d_sum)

@@ -1,0 +1,264 @@
+"""A training run put together: spec + data + plan + model + engine, fresh or continued. The loop is in train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.data.plan import BatchPlan, make_plan
+from anchor_cli.engine import checkpoint as ckpt
+from anchor_cli.engine import setup
+from anchor_cli.engine.deepspeed_engine import Ranks, build_engine, train_step
+from anchor_cli.engine.feed import Feed
+from anchor_cli.engine.optimizer_state import load_optimizer_state
+from anchor_cli.model.attention import choose_kernel
+from anchor_cli.model.backbone import apply_liger, load_backbone
+from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.words import schedule
+from anchor_cli.words.console import say
+from anchor_cli.words.contract import TextContract
+from anchor_cli.words.ds_config import load_ds_config, resolve_ds_config
+from anchor_cli.words.errors import AnchorError, InputError, RunError
+from anchor_cli.words.files import write_json
+from anchor_cli.words.run_folder import TRAINING_STATE
+from anchor_cli.words.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What rank 0 found and every rank was told."""
+
+    contract: TextContract
+    pairs: PreparedPairs
+    global_batch_size: int
+    checkpoint: Path | None
+    state: dict[str, Any] | None
+
+    @property
+    def first_step(self) -> int:
+        return int(self.state["step"]) if self.state else 0
+
+
+@dataclass
+class Run:
+    """Everything the loop holds. `state` is what a checkpoint remembers besides weights."""
+
+    spec: RunSpec
+    ranks: Ranks
+    folder: Path
+    settled: Settled
+    plan: BatchPlan
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    kernel: str
+    liger: bool
+    best: dict[str, Any] | None = None
+    evaluated_step: int | None = None
+    skipped_steps: set[int] = field(default_factory=set)
+
+    @property
+    def model(self) -> ReconstructionModel:
+        module: ReconstructionModel = self.engine.module
+        return module
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps
+
+    @property
+    def last_step(self) -> int:
+        """Updates after which this run ends."""
+        return min(self.total_steps, self.spec.stop_after_n_steps or self.total_steps)
+
+    def learning_rate(self, step: int) -> float:
+        spec = self.spec
+        warmup = schedule.warmup_steps_of(self.total_steps, spec.warmup_steps, spec.warmup_ratio)
+        return schedule.learning_rate(
+            step, peak=spec.learning_rate, warmup=warmup, total=self.total_steps, kind=spec.lr_scheduler_type
+        )
+
+
+def settle(spec: RunSpec, ranks: Ranks) -> Settled:
+    """Rank 0 prepares data and finds the checkpoint to continue from; all ranks get the answer or the same error."""
+    answer: dict[str, Any] = {}
+    if ranks.rank == 0:
+        try:
+            contract = setup.contract_for(spec)
+            data = setup.prepared_data(spec, contract)
+            pairs = setup.open_data(data, contract)
+            spec.run_folder.mkdir(parents=True, exist_ok=True)
+            ckpt.sweep_partials(spec.run_folder)
+            answer = {"data": str(data.absolute()), "contract": contract.model_dump()}
+            answer |= setup.resume_point(spec, pairs.fingerprint)
+        except AnchorError as error:
+            answer = {"error": [error.message, error.hint, error.exit_code]}
+        except OSError as error:
+            answer = {"error": [f"{error.filename or spec.output_dir}: {error.strerror}", "check path and rights", 2]}
+    answer = ranks.broadcast(answer)
+    if "error" in answer:
+        message, hint, code = answer["error"]
+        raise (InputError if code == 2 else RunError)(message, hint)
+    contract = TextContract.model_validate(answer["contract"])
+    state = answer["state"]
+    batch = state["global_batch_size"] if state else spec.global_batch(ranks.world_size)
+    return Settled(
+        contract,
+        PreparedPairs.open(answer["data"]),
+        batch,
+        Path(answer["checkpoint"]) if answer["checkpoint"] else None,
+        state,
+    )
+
+
+def open_run(spec: RunSpec, ranks: Ranks, spec_folder: Path) -> Run:
+    """Settle, plan, load the model, build the engine and restore the optimizer's state.
+
+    Raises:
+        InputError: anything of spec, data or checkpoint that cannot work; before the model is loaded where possible.
+    """
+    settled = settle(spec, ranks)
+    plan = plan_of(spec, settled.pairs, settled.global_batch_size, ranks)
+    raw = load_ds_config(spec.deepspeed, spec_folder)
+    config = resolve_ds_config(
+        raw,
+        spec,
+        gradient_accumulation_steps=plan.num_micro_batches,
+        micro_batch_size=1,
+        world_size=ranks.world_size,
+    )
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
+    source = settled.checkpoint or spec.model_name_or_path
+    language_model = load_backbone(source, dtype=dtype, gradient_checkpointing=checkpointing_of(spec, ranks))
+    liger = ranks.device.type == "cuda" and apply_liger(language_model)
+    model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=settled.contract.pooling_mode)
+    model.train()
+    if spec.torch_compile:
+        for layer in language_model.get_decoder().layers:
+            layer.compile(dynamic=True)
+    engine, optimizer = build_engine(model, spec, config, ranks.device)
+    feed = Feed(settled.pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
+    run = Run(spec, ranks, spec.run_folder, settled, plan, engine, optimizer, feed, kernel, liger)
+    if settled.checkpoint is not None and settled.state is not None:
+        restore(run, settled.checkpoint, settled.state)
+    return run
+
+
+def restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Continue exactly: one step at learning rate 0 makes the optimizer's state exist, then it is replaced.
+
+    Elastic: nothing in a checkpoint depends on the number of processes.
+    """
+    if run.settled.first_step > 0:
+        one = run.feed.pack(np.array([int(np.argmin(run.plan.row_lengths))]))
+        micro_batches = [one.to(run.ranks.device)] * run.plan.num_micro_batches
+        train_step(run.engine, micro_batches, d2q_scale=1e-3, q2d_scale=1e-3, learning_rate=0.0)
+        load_optimizer_state(run.engine, run.optimizer, checkpoint, run.settled.first_step - len(state["skipped_steps"]))
+    run.best = state["best"]
+    run.evaluated_step = state["evaluated_step"]
+    run.skipped_steps = set(state["skipped_steps"])
+    if run.ranks.rank == 0:
+        before = state["world_size"]
+        changed = f", written by {before} processes, going on with {run.ranks.world_size}" if before != run.ranks.world_size else ""
+        say(f"resuming from {checkpoint} (step {run.settled.first_step}{changed})")
+
+
+def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: Ranks) -> BatchPlan:
+    """The plan of the whole run under the spec's token budget, or one chosen for the device."""
+    row_lengths = pairs.query_lengths + pairs.document_lengths
+    total = schedule.total_steps(len(row_lengths), global_batch_size, spec.num_train_epochs, spec.max_steps)
+    budget = spec.max_tokens_per_micro_batch or choose_budget(int(row_lengths.max()), ranks.device)
+    return make_plan(
+        row_lengths,
+        seed=spec.seed,
+        global_batch_size=global_batch_size,
+        world_size=ranks.world_size,
+        token_budget=budget,
+        total_steps=total,
+    )
+
+
+def choose_budget(longest_row: int, device: torch.device) -> int:
+    """Tokens of a micro-batch when the spec does not say: 8k on a CPU, 32k on a GPU, never below the longest row.
+
+    The GPU figure is an assumption until measured: about 3 MB of activations a token at the shape of Qwen3-0.6B.
+    """
+    return max(longest_row, 8192 if device.type == "cpu" else 32768)
+
+
+def checkpointing_of(spec: RunSpec, ranks: Ranks) -> bool:
+    """Gradient checkpointing: as the spec says; `auto` leaves it off (see choose_budget)."""
+    return spec.gradient_checkpointing is True
+
+
+def save(run: Run, step: int, metrics_bytes: int, wandb_run_id: str | None) -> Path:
+    """Write checkpoint-{step}; every rank calls it. It appears whole, by one rename, or not at all.
+
+    Raises:
+        OSError: on every rank, when any rank could not write; what was written is removed.
+    """
+    from anchor_cli.engine.optimizer_state import save_optimizer_state
+
+    partial, final = ckpt.partial_folder(run.folder, step), run.folder / f"checkpoint-{step}"
+    problem: str | None = None
+    try:
+        if run.ranks.rank == 0:
+            ckpt.sweep_partials(run.folder)
+            partial.mkdir()
+    except OSError as error:
+        problem = str(error)
+    _agree_on_disk(run, problem)
+    try:
+        ckpt.write_model_files(partial, run.engine, run.spec.model_name_or_path, run.settled.contract, run.spec.precision)
+    except OSError as error:
+        problem = str(error)
+    _agree_on_disk(run, problem)
+    try:
+        if step > len(run.skipped_steps):
+            save_optimizer_state(run.engine, partial, run.ranks.rank, run.ranks.world_size)
+    except OSError as error:
+        problem = str(error)
+    _agree_on_disk(run, problem)
+    try:
+        if run.ranks.rank == 0:
+            write_json(partial / TRAINING_STATE, training_state(run, step, metrics_bytes, wandb_run_id))
+            ckpt.commit(partial, final)
+    except OSError as error:
+        problem = str(error)
+    _agree_on_disk(run, problem)
+    return final
+
+
+def _agree_on_disk(run: Run, problem: str | None) -> None:
+    """All ranks go on, or all raise the first rank's trouble and the half-written folder is removed."""
+    first = run.ranks.first_text(problem)
+    if first:
+        if run.ranks.rank == 0:
+            ckpt.sweep_partials(run.folder)
+        raise OSError(first)
+
+
+def training_state(run: Run, step: int, metrics_bytes: int, wandb_run_id: str | None) -> dict[str, Any]:
+    """training_state.json: everything besides tensors that the same command needs to continue."""
+    return {
+        "step": step,
+        "epoch": step / run.plan.steps_per_epoch,
+        "total_steps": run.total_steps,
+        "global_batch_size": run.plan.global_batch_size,
+        "world_size": run.ranks.world_size,
+        "num_micro_batches": run.plan.num_micro_batches,
+        "spec": run.spec.model_dump(),
+        "spec_fingerprint": run.spec.fingerprint,
+        "data_fingerprint": run.settled.pairs.fingerprint,
+        "metrics_bytes": metrics_bytes,
+        "best": run.best,
+        "evaluated_step": run.evaluated_step,
+        "skipped_steps": sorted(run.skipped_steps),
+        "wandb_run_id": wandb_run_id,
+    }

@@ -1,0 +1,121 @@
+"""What a run is made of, settled by rank 0 before anything heavy: data, folder, what it continues from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.data.text import eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.engine.checkpoint import newest_whole, read_state
+from anchor_cli.words.console import say, warn
+from anchor_cli.words.contract import TextContract
+from anchor_cli.words.errors import InputError
+from anchor_cli.words.spec import NOT_OF_THE_RESULT, RunSpec
+
+_PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless; data has a fingerprint
+_BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
+
+
+def contract_for(spec: RunSpec) -> TextContract:
+    """The text contract that this spec trains under, with its model's tokenizer. Raises InputError."""
+    tokenizer = load_tokenizer(spec.model_name_or_path)
+    eos_token, eos_token_id = eos_of(tokenizer, spec.text_template)
+    return TextContract(
+        text_template=spec.text_template,
+        instructions=spec.query_instructions,
+        training_instructions=spec.training_instructions,
+        max_seq_length=spec.max_seq_length,
+        pooling_mode=spec.pooling_mode,
+        eos_token=eos_token,
+        eos_token_id=eos_token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
+    """The prepared folder of the spec's data: itself, or one made now (and found again) below `output_dir`.
+
+    Raises:
+        InputError: prepared for another tokenizer, template, instruction or length, or not readable.
+    """
+    source = Path(spec.dataset_file_path).expanduser()
+    if (source / MANIFEST).is_file():
+        return source
+    digest = hashlib.sha256(f"{source.absolute()}\n{_age(source)}\n{contract.model_dump_json()}".encode()).hexdigest()
+    folder = Path(spec.output_dir).expanduser() / "prepared" / f"{source.name.split('.')[0]}-{digest[:12]}"
+    if not (folder / MANIFEST).is_file():
+        from anchor_cli.data.prepare import prepare
+
+        say(f"{source}: raw data; preparing it once into {folder}")
+        prepare(
+            [str(spec.dataset_file_path)],
+            folder,
+            tokenizer=spec.model_name_or_path,
+            max_seq_length=contract.max_seq_length,
+            text_template=contract.text_template,
+            instructions=contract.instructions,
+            training_instructions=contract.training_instructions,
+        )
+    return folder
+
+
+def _age(source: Path) -> str:
+    """Sizes and times of the source's files: a raw source that changed is prepared again."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    return json.dumps(stats)
+
+
+def open_data(folder: Path, contract: TextContract) -> PreparedPairs:
+    """The prepared pairs, refused when they were made for another contract."""
+    pairs = PreparedPairs.open(folder)
+    pairs.require(contract)
+    return pairs
+
+
+def resume_point(spec: RunSpec, data_fingerprint: str) -> dict[str, Any]:
+    """What this experiment continues from: {"checkpoint": path or None, "state": its training state or None}.
+
+    The newest whole checkpoint is taken; newer damaged ones are named. A changed spec or data set is refused.
+
+    Raises:
+        InputError: the differences that matter, one after the other.
+    """
+    checkpoint, damaged = newest_whole(spec.run_folder)
+    for line in damaged:
+        warn(line)
+    if checkpoint is None:
+        if damaged:
+            warn("no whole checkpoint is left; training starts from the beginning")
+        return {"checkpoint": None, "state": None}
+    state = read_state(checkpoint)
+    found = differences_that_matter(state["spec"], spec.model_dump(), state["global_batch_size"])
+    if state["data_fingerprint"] != data_fingerprint:
+        found.append("the training data are not the ones it began with")
+    if found:
+        raise InputError(
+            f"{checkpoint}: this experiment began with another spec: {'; '.join(found)}",
+            hint="put the values back, or give the new run its own experiment_id",
+        )
+    return {"checkpoint": str(checkpoint), "state": state}
+
+
+def differences_that_matter(old: dict[str, Any], new: dict[str, Any], global_batch_size: int) -> list[str]:
+    """`key: old -> new` for every key the result depends on. The global batch stays what the run began with."""
+    found = []
+    for key in new:
+        if key in NOT_OF_THE_RESULT | _PATHS | _BATCH:
+            continue
+        if old.get(key) != new[key]:
+            found.append(f"{key}: {json.dumps(old.get(key), ensure_ascii=False)} -> {json.dumps(new[key], ensure_ascii=False)}")
+    if new["global_batch_size"] is not None and new["global_batch_size"] != global_batch_size:
+        found.append(f"global_batch_size: {global_batch_size} -> {new['global_batch_size']}")
+    if new["global_batch_size"] is None:
+        old_product = old["per_device_train_batch_size"] * old["gradient_accumulation_steps"]
+        product = new["per_device_train_batch_size"] * new["gradient_accumulation_steps"]
+        if old["global_batch_size"] is None and product != old_product:
+            found.append(f"per_device_train_batch_size x gradient_accumulation_steps: {old_product} -> {product}")
+    return found
