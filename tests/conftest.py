@@ -29,6 +29,12 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs of tests are not remembered among this user's."""
+    os.environ["ANCHOR_HOME"] = str(tmp_path_factory.mktemp("anchor-home"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data: tokenizer, pairs, BEIR folders."""
