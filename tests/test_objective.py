@@ -146,8 +146,10 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_chunk_size_changes_nothing(chunk: int) -> None:
     pairs = random_pairs(3, seed=8)
-    want = packed_losses(ReconstructionModel(tiny(torch.float64), kernel="sdpa", chunk_targets=7), [pairs], "text", 1, 1)
-    got = packed_losses(ReconstructionModel(tiny(torch.float64), kernel="sdpa", chunk_targets=chunk), [pairs], "text", 1, 1)
+    want, got = (
+        packed_losses(ReconstructionModel(tiny(torch.float64), kernel="sdpa", chunk_targets=c), [pairs], "text", 1, 1)
+        for c in (7, chunk)
+    )
     assert got == pytest.approx(want, rel=1e-12)
 
 
@@ -159,7 +161,8 @@ def test_an_embedding_is_the_same_alone_in_any_batch_and_at_any_position(dtype: 
     stock = tiny(dtype, attention="sdpa")
     texts = [p[0] for p in random_pairs(12, seed=11, longest=90)]
     with torch.no_grad():
-        want = torch.stack([stock.model(torch.from_numpy(t.astype(np.int64))[None]).last_hidden_state[0, -1] for t in texts])
+        alone = [stock.model(torch.from_numpy(t.astype(np.int64))[None]) for t in texts]
+        want = torch.stack([out.last_hidden_state[0, -1] for out in alone])
         for order in (range(12), reversed(range(12)), np.random.default_rng(0).permutation(12)):
             order = list(order)
             got = model.encode(pack_texts([texts[i] for i in order]))

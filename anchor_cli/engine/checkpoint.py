@@ -87,7 +87,7 @@ def sweep_partials(run_folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_model_files(folder: Path, engine: Any, source: str, contract: TextContract, dtype_name: str) -> None:
+def write_model_files(folder: Path, engine: Any, source: str, contract: TextContract) -> None:
     """Model, config, tokenizer and text contract into `folder`. Rank 0 writes; under ZeRO-3 every rank takes part.
 
     The config says nothing of our attention: any tool loads the folder as the stock model it is.

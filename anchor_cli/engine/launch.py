@@ -89,7 +89,8 @@ def _wait(context: Any, signals: list[int]) -> None:
         raise SystemExit(2)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     say(f"rank {first.local_rank} {how}; the other workers were ended")
-    raise RunError(f"rank {first.local_rank} (pid {first.pid}) {how}{_last_words(first)}", hint="run the same command again to continue")
+    message = f"rank {first.local_rank} (pid {first.pid}) {how}{_last_words(first)}"
+    raise RunError(message, hint="run the same command again to continue")
 
 
 def _last_words(failure: Any) -> str:

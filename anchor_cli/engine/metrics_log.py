@@ -1,4 +1,4 @@
-"""metrics.jsonl, events.jsonl and the trackers. The file is the truth; a tracker that fails costs a warning, not the run."""
+"""metrics.jsonl, events.jsonl and the trackers. The file is the truth; a tracker that fails costs a warning."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class MetricsLog:
             try:
                 tracker.log(record)
             except Exception as error:  # a tracker may raise anything; the run goes on
-                warn(f"{tracker.name} stopped taking metrics ({type(error).__name__}: {error}); {self.path} has them all")
+                reason = f"{type(error).__name__}: {error}"
+                warn(f"{tracker.name} stopped taking metrics ({reason}); {self.path} has them all")
                 self._trackers.remove(tracker)
 
     def event(self, event: str, step: int, **details: Any) -> None:

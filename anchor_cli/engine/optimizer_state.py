@@ -1,9 +1,9 @@
 """The optimizer's state, elastic: fp32 weights and both moments by parameter name, never by rank.
 
 DeepSpeed's own checkpoints are pickled, cut by rank and refused at another world size. Through its public
-`safe_get_full_*` / `safe_set_full_*` calls the state is read and written one whole parameter at a time, so any world
-size (and ZeRO stage) reads what any other wrote. Peak memory beyond training: one shard a rank, at most `SHARD_BYTES` of
-state or one parameter's, whichever is larger.
+`safe_get_full_*` / `safe_set_full_*` calls the state is read and written one whole parameter at a time, so any
+world size (and ZeRO stage) reads what any other wrote. Peak memory beyond training: one shard a rank, at most
+`SHARD_BYTES` of state or one parameter's, whichever is larger.
 
 Files: optimizer-00001-of-0000S.safetensors, tensors `{parameter}.fp32`, `.exp_avg`, `.exp_avg_sq`. S depends on
 the model alone; shards are written by the ranks in turn.
@@ -52,7 +52,7 @@ def _full_numel(parameter: torch.nn.Parameter) -> int:
 
 
 def save_optimizer_state(engine: Any, folder: Path, rank: int, world_size: int) -> None:
-    """Write the shards into `folder`. Every rank calls it; each writes its turn's shards. No step taken yet: nothing."""
+    """Write the shards into `folder`. Every rank calls it; each writes its turn's shards."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     parameters = parameters_of(engine)
@@ -86,7 +86,8 @@ def load_optimizer_state(engine: Any, optimizer: torch.optim.Optimizer, folder: 
     for name, parameter in parameters_of(engine).items():
         for key in ("fp32", *MOMENTS):
             if f"{name}.{key}" not in where:
-                raise InputError(f"{folder}: the optimizer state lacks {name}.{key}", hint="resume from another checkpoint")
+                lacks = f"{folder}: the optimizer state lacks {name}.{key}"
+                raise InputError(lacks, hint="resume from another checkpoint")
             value = where[f"{name}.{key}"].get_tensor(f"{name}.{key}").to(engine.device)
             if value.numel() != _full_numel(parameter):
                 raise InputError(

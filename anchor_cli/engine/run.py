@@ -159,13 +159,14 @@ def restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         one = run.feed.pack(np.array([int(np.argmin(run.plan.row_lengths))]))
         micro_batches = [one.to(run.ranks.device)] * run.plan.num_micro_batches
         train_step(run.engine, micro_batches, d2q_scale=1e-3, q2d_scale=1e-3, learning_rate=0.0)
-        load_optimizer_state(run.engine, run.optimizer, checkpoint, run.settled.first_step - len(state["skipped_steps"]))
+        updates = run.settled.first_step - len(state["skipped_steps"])
+        load_optimizer_state(run.engine, run.optimizer, checkpoint, updates)
     run.best = state["best"]
     run.evaluated_step = state["evaluated_step"]
     run.skipped_steps = set(state["skipped_steps"])
     if run.ranks.rank == 0:
-        before = state["world_size"]
-        changed = f", written by {before} processes, going on with {run.ranks.world_size}" if before != run.ranks.world_size else ""
+        before, now = state["world_size"], run.ranks.world_size
+        changed = f", written by {before} processes, going on with {now}" if before != now else ""
         say(f"resuming from {checkpoint} (step {run.settled.first_step}{changed})")
 
 
@@ -215,7 +216,7 @@ def save(run: Run, step: int, metrics_bytes: int, wandb_run_id: str | None) -> P
         problem = str(error)
     _agree_on_disk(run, problem)
     try:
-        ckpt.write_model_files(partial, run.engine, run.spec.model_name_or_path, run.settled.contract, run.spec.precision)
+        ckpt.write_model_files(partial, run.engine, run.spec.model_name_or_path, run.settled.contract)
     except OSError as error:
         problem = str(error)
     _agree_on_disk(run, problem)

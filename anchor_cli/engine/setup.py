@@ -110,7 +110,8 @@ def differences_that_matter(old: dict[str, Any], new: dict[str, Any], global_bat
         if key in NOT_OF_THE_RESULT | _PATHS | _BATCH:
             continue
         if old.get(key) != new[key]:
-            found.append(f"{key}: {json.dumps(old.get(key), ensure_ascii=False)} -> {json.dumps(new[key], ensure_ascii=False)}")
+            was, is_now = (json.dumps(value, ensure_ascii=False) for value in (old.get(key), new[key]))
+            found.append(f"{key}: {was} -> {is_now}")
     if new["global_batch_size"] is not None and new["global_batch_size"] != global_batch_size:
         found.append(f"global_batch_size: {global_batch_size} -> {new['global_batch_size']}")
     if new["global_batch_size"] is None:

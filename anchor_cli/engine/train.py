@@ -36,7 +36,7 @@ class StopAsked(Exception):
 
 
 class Training:
-    """One process's part of a run, from its first step to its last. `train()` is the story; the rest are its sentences."""
+    """One process's part of a run, first step to last. `train()` is the story; the rest are its sentences."""
 
     def __init__(self, run: Run, flag: StopFlag, watchdog: Watchdog) -> None:
         self.run = run
@@ -116,9 +116,10 @@ class Training:
             self.log.close()
         self.watch.close()
         where = self.run.folder / f"checkpoint-{self.saved_step}" if self.saved_step is not None else "nothing yet"
+        remedy = "run the same command again to continue"
         raise Stopped(
             f"stopped at step {step} by {self.flag.signal_name or 'another rank'}; saved: {where}",
-            hint="run the same command again to continue" if saved else "the disk could not hold a checkpoint of this step",
+            hint=remedy if saved else f"the disk could not hold a checkpoint of this step; {remedy}",
         )
 
     def step(self, step: int, batches: Iterator[StepBatches]) -> tuple[StepResult | None, StepBatches]:
@@ -262,7 +263,7 @@ class Training:
         self.watch.close()
         return NonFiniteGradient(
             f"step {step}: {error.message}; no weight was changed; its {len(ready.rows)} rows are in {path}",
-            hint=f"look at it with `anchor replay {self.run.folder} --step {step}`, or go on without it: --skip-step {step}",
+            hint=f"look: anchor replay {self.run.folder} --step {step}; go on without it: --skip-step {step}",
         )
 
     def check_disk(self) -> None:

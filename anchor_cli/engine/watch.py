@@ -36,8 +36,9 @@ class Watch:
         run = self._run
         plan = run.plan
         say(
-            f"{run.folder}: steps {run.settled.first_step}..{run.last_step} of {run.total_steps}, {plan.num_rows:,} rows,"
-            f" {plan.global_batch_size} pairs a step in {run.ranks.world_size} x {plan.num_micro_batches} micro-batches,"
+            f"{run.folder}: steps {run.settled.first_step}..{run.last_step} of {run.total_steps},"
+            f" {plan.num_rows:,} rows, {plan.global_batch_size} pairs a step"
+            f" in {run.ranks.world_size} x {plan.num_micro_batches} micro-batches,"
             f" {run.spec.precision}, attention {run.kernel}{', Liger' if run.liger else ''}, {run.ranks.device.type}"
         )
         self._start = time.monotonic()
@@ -53,7 +54,8 @@ class Watch:
         left = (now - self._start) / max(1, done - first) * (self._run.last_step - done)
         say(
             f"step {done}/{self._run.last_step}  loss {record[names.LOSS]:.4f} (d2q {record[names.D2Q_LOSS]:.4f},"
-            f" q2d {record[names.Q2D_LOSS]:.4f})  lr {record[names.LEARNING_RATE]:.2e}  norm {record[names.GRAD_NORM]:.3f}"
+            f" q2d {record[names.Q2D_LOSS]:.4f})  lr {record[names.LEARNING_RATE]:.2e}"
+            f"  norm {record[names.GRAD_NORM]:.3f}"
             f"  {record[names.PAIRS_PER_S]:,.1f} pairs/s  {record[names.TOKENS_PER_S]:,.0f} tokens/s  ETA {clock(left)}"
         )
 

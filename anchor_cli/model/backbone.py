@@ -40,8 +40,8 @@ def load_backbone(
             hint="give a folder with config.json and model.safetensors, or a Hub id that this host can reach",
         ) from error
     model.config.use_cache = False
-    # A config that names a pad token (often [EOS]) makes stock models drop the gradient of its embedding row. There is no
-    # padding here, and [EOS] must learn.
+    # A config that names a pad token (often [EOS]) makes stock models drop the gradient of its embedding row. There
+    # is no padding here, and [EOS] must learn.
     model.get_input_embeddings().padding_idx = None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

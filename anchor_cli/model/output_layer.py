@@ -2,7 +2,8 @@
 
 With V = 151,936 classes, the logits of one 16k-token micro-batch in fp32 would be 10 GB. They are computed in chunks;
 each chunk's gradients are formed while its logits are at hand (as in Liger Kernel's fused linear cross-entropy, Hsu et
-al. 2024, arXiv 2410.10989), so nothing is recomputed in the backward pass: 6·V·D operations a target, the least possible.
+al. 2024, arXiv 2410.10989), so nothing is recomputed in the backward pass: 6·V·D operations a target, the least there
+can be.
 
 Shapes: K targets, D hidden size, V vocabulary, C targets in a chunk.
 """
@@ -61,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_weight * grads[0].to(grad_weight.dtype), None, None, None
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None  # a 0-d factor keeps their dtype
 
 
 class OutputLayer(nn.Module):

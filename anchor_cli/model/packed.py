@@ -51,8 +51,8 @@ def pack_texts(ids: Sequence[npt.NDArray[np.int32]]) -> PackedTexts:
 class PairBatch:
     """One micro-batch of R pairs, ready for `ReconstructionModel.forward`.
 
-    `texts` are the encode pass. The reconstruct pass has one slot fewer a text: slot 0 takes the other side's embedding, slot
-    k > 0 takes E(t_k), and slot k predicts t_{k+1} (counting t from 1). `recon` carries the ids t_1 … t_{n-1} shifted
+    `texts` are the encode pass. The reconstruct pass has one slot fewer a text: slot 0 takes the other side's
+    embedding, slot k > 0 takes E(t_k), and slot k predicts t_{k+1} (counting t from 1). `recon` carries the ids shifted
     so that `recon.input_ids[slot]` is the token whose embedding enters the slot; slot 0's id is a placeholder.
     """
 

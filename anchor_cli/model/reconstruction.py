@@ -1,9 +1,9 @@
-"""Stage I of Anchor Embedding (arXiv 2509.03020): bidirectional reconstruction. The objective, and nothing else.
+"""Stage I of Anchor Embedding (arXiv 2509.03020): bidirectional reconstruction, the objective and nothing else.
 
-Legend: R pairs, N = 2R texts, T tokens of the encode pass, S = T - N slots of the reconstruct pass, K targets, D hidden.
+Legend: R pairs, N = 2R texts, T tokens of the encode pass, T - N slots of the reconstruct pass, K targets, D hidden.
 
     e_i = pooled hidden state of text i                                  (encode pass)
-    inputs of the reconstruct pass for text i: [e_other, E(t_1), …, E(t_{n-2})], slot k-1 predicts t_k
+    inputs of the reconstruct pass, text i: [e_other, E(t_1), …, E(t_{n-2})], slot k-1 predicts t_k
     loss of a step = d2q_weight · mean CE(query targets) + q2d_weight · mean CE(document targets)
 
 The means run over all target tokens of the whole step, on every rank and micro-batch: callers pass the weight that one
