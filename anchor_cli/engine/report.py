@@ -7,8 +7,9 @@ from pathlib import Path
 
 from anchor_cli.engine.report_data import read_runs
 from anchor_cli.engine.report_page import page
-from anchor_cli.words.errors import InputError
+from anchor_cli.words.errors import InputError, nearest
 from anchor_cli.words.files import write_text_atomic
+from anchor_cli.words.run_folder import remembered_runs
 
 FILE_NAME = "report.html"
 
@@ -39,3 +40,22 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
         target = target / FILE_NAME
     write_text_atomic(target, page(records))
     return target
+
+
+def find_run(name_or_path: str) -> Path:
+    """A run folder by path, or by its experiment_id among the runs this user has started.
+
+    Raises:
+        InputError: neither, with the nearest name; or several, which are listed.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    known = [run for run in remembered_runs() if run.name == name_or_path]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        raise InputError(f"{name_or_path}: several runs have this name: {', '.join(map(str, known))}", "name its path")
+    near = nearest(name_or_path, [run.name for run in remembered_runs()])
+    hint = f"did you mean {near}?" if near else "give a folder that has metrics.jsonl in it"
+    raise InputError(f"{name_or_path}: no such run folder, and no run of that name is remembered", hint)

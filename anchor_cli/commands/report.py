@@ -1,0 +1,32 @@
+"""`anchor report`: runs as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anchor_cli.words.console import print_json, say
+
+
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Run folders, OUTPUT_DIR/EXPERIMENT_ID; default: the last run."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write; default: report.html in the run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Write a run's curves, scores and incidents as one HTML page; several runs are overlaid."""
+    from anchor_cli.engine.report import find_run, write_report
+    from anchor_cli.words.run_folder import last_run
+
+    folders = [find_run(run) for run in runs] if runs else [last_run()]
+    page = write_report(folders, out)
+    if as_json:
+        print_json({"report": str(page), "runs": [str(folder) for folder in folders]})
+    else:
+        say(f"{page} ({page.stat().st_size / 1e3:,.0f} kB): open it in a browser")

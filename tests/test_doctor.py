@@ -1,0 +1,307 @@
+"""`anchor doctor`: each line against a host made good or bad on purpose."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from anchor_cli.engine import doctor, doctor_gpu, doctor_host, doctor_parallel, doctor_software
+from anchor_cli.engine.deepspeed_versions import TESTED as TESTED_DEEPSPEED
+from anchor_cli.engine.deepspeed_versions import refused_deepspeed
+from anchor_cli.engine.doctor import Check, Probe, Wishes
+
+ROOT = Path(__file__).parents[1]
+
+
+def ask(probe: Probe, wishes: Wishes | None = None) -> list[Check]:
+    checks = list(probe(wishes or Wishes()))
+    for check in checks:
+        assert (check.remedy is None) == (check.status == "ok"), check
+        assert "\n" not in check.message
+    return checks
+
+
+def only(probe: Probe, wishes: Wishes | None = None) -> Check:
+    (check,) = ask(probe, wishes)
+    return check
+
+
+@pytest.mark.parametrize(
+    ("version", "issue"),
+    [("0.17.5", None), ("0.17.6", "7718"), ("0.18.0", "7718"), ("0.18.2+cu130", "7718"), ("0.18.3", "8224"),
+     ("0.19.3", "8224"), ("0.19.4", None), ("0.19.8", None), ("1.0", None)],
+)  # fmt: skip
+def test_refused_deepspeed(version: str, issue: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = refused_deepspeed(version)
+    assert (reason is None) == (issue is None) and (issue is None or f"issues/{issue}" in str(reason))
+    monkeypatch.setattr(doctor_software, "version_of", lambda _: version)
+    want = "fail" if issue else "ok" if version.startswith("0.19") else "warn"
+    assert only(doctor_software.deepspeed).status == want
+
+
+def test_tested_versions_are_the_pinned_ones() -> None:
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    for name, version in {**doctor_software.TESTED, "deepspeed": TESTED_DEEPSPEED}.items():
+        assert pins[name] == version, name
+
+
+def test_packages_older_newer_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: dict[str, str | None] = {**doctor_software.TESTED, "torch": "2.13.7+cu130", "wandb": None}
+    monkeypatch.setattr(doctor_software, "version_of", installed.get)
+    assert only(doctor_software.packages).status == "ok"  # a patch release more, and an optional one missing
+    installed["torch"] = "2.11.0"
+    warned = only(doctor_software.packages)
+    assert warned.status == "warn" and "torch 2.11.0 (tested 2.13.0)" in warned.message
+    installed["numpy"] = None
+    failed, warned = ask(doctor_software.packages)
+    assert failed.status == "fail" and failed.message == "not installed: numpy" and warned.status == "warn"
+
+
+def test_python_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = namedtuple("fake", "major minor micro")
+    for version, want in ((fake(3, 10, 1), "fail"), (fake(3, 11, 9), "ok"), (fake(3, 19, 0), "warn")):
+        monkeypatch.setattr(doctor_software.sys, "version_info", version)
+        assert only(doctor_software.python).status == want
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert only(doctor_software.compiler).message.startswith("no C compiler")
+    monkeypatch.setenv("CC", "clang-99")
+    assert only(doctor_software.compiler).message.startswith("CC=clang-99 not found")
+
+
+def test_compiler_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert only(doctor_software.compiler_locks).status == "ok"
+    lock = tmp_path / "py311_cpu" / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert only(doctor_software.compiler_locks).message == "1 held by a running build"
+    import os
+
+    os.utime(lock, (time.time() - 3600,) * 2)
+    found = only(doctor_software.compiler_locks)
+    assert found.status == "fail" and str(lock) in found.message and f"rm {lock}" in str(found.remedy)
+
+
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    for total, want in ((64 << 20, "warn"), (512 << 20, "warn"), (16 << 30, "ok")):
+        monkeypatch.setattr(doctor_host.shutil, "disk_usage", lambda _, total=total: usage(total, 0, total))
+        (check,) = doctor_host.shared_memory(Wishes(), tmp_path)
+        assert check.status == want
+        assert ("Docker's default" in check.message) == (total == 64 << 20)
+    (check,) = doctor_host.shared_memory(Wishes(), tmp_path / "absent")
+    assert check.status == "warn"
+
+
+def test_file_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1_048_576))
+    check = next(doctor_host.file_descriptors(Wishes()))
+    assert check.status == "warn" and "1,024" in check.message and "ulimit -n 65536" in str(check.remedy)
+
+
+def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    wishes = Wishes(output_dir=tmp_path / "not" / "yet" / "made")
+    for free_gb, want in ((0.5, ["fail"]), (4, ["fail", "ok"]), (20, ["warn", "ok"]), (900, ["ok", "ok"])):
+        free = int(free_gb * 1e9)
+        monkeypatch.setattr(doctor_host.shutil, "disk_usage", lambda _, free=free: usage(free, 0, free))
+        monkeypatch.setattr(doctor_host, "write_speed", lambda _: 900.0)
+        assert [check.status for check in ask(doctor_host.disk, wishes)] == want
+    monkeypatch.setattr(doctor_host, "write_speed", lambda _: 83.0)
+    assert ask(doctor_host.disk, wishes)[1].message == (
+        f"83 MB/s into {tmp_path}: a checkpoint of 0.6B parameters takes 100 s"
+    )
+
+
+def test_write_speed_measures_and_cleans_up(tmp_path: Path) -> None:
+    assert doctor_host.write_speed(tmp_path, num_mb=2) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hub_and_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    ahead = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))
+    monkeypatch.setattr(doctor_host, "_hub_answer", lambda _: (ahead, ""))
+    assert only(doctor_host.hub).status == "ok"
+    late = only(doctor_host.clock)
+    assert late.status == "warn" and re.match(r"-3,(599|600) s from the Hub's", late.message)
+    monkeypatch.setattr(doctor_host, "_hub_answer", lambda _: (None, "no route"))
+    assert only(doctor_host.hub).status == "warn" and only(doctor_host.clock).status == "ok"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert only(doctor_host.hub).status == "ok"
+
+
+def test_the_hub_is_asked_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of our own stands in for the Hub; then nobody listens there any more."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for proxy in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    doctor_host._hub_answer.cache_clear()
+    assert only(doctor_host.hub).status == "ok"
+    assert only(doctor_host.clock).message.endswith("s from the Hub's")
+    server.shutdown()
+    server.server_close()
+    doctor_host._hub_answer.cache_clear()
+    assert only(doctor_host.hub).status == "warn"
+    doctor_host._hub_answer.cache_clear()
+
+
+def test_wandb_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_DISABLED", "WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    secret = "0123456789abcdef" * 3
+    rc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(rc))
+    wishes = Wishes(report_to=("wandb",))
+    assert only(doctor_host.wandb, wishes).status == "warn" and only(doctor_host.wandb).status == "ok"
+    rc.write_text(f"machine api.wandb.ai login user password {secret}\n")
+    rc.chmod(0o600)
+    check = only(doctor_host.wandb, wishes)
+    assert check.status == "ok" and secret not in repr(check)
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert only(doctor_host.wandb, wishes).message == "off by WANDB_DISABLED"
+
+
+def test_gpu_topology_is_read() -> None:
+    topology = """\t\x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tCPU Affinity\x1b[0m
+GPU0\t X \tNV12\tSYS\tPXB\tNODE\t0-31
+GPU1\tNV12\t X \tSYS\tSYS\tNODE\t0-31
+GPU2\tSYS\tSYS\t X \tNV12\tSYS\t32-63
+GPU3\tPXB\tSYS\tNV12\t X \tSYS\t32-63
+NIC0\tNODE\tNODE\tSYS\tSYS\t X \t
+
+Legend:
+"""
+    want = {(0, 1): "NV12", (0, 2): "SYS", (0, 3): "PXB", (1, 2): "SYS", (1, 3): "SYS", (2, 3): "NV12"}
+    assert doctor_gpu.parse_links(topology) == want
+    assert doctor_gpu.parse_links("") == {}
+
+
+def test_attention_kernel_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anchor_cli.model import attention
+
+    good = only(doctor_gpu.attention_kernel, Wishes(attn_implementation="flash_attention_2"))
+    assert good.status == "ok"
+
+    def leaky(query, key, value, *, cu_seqlens, lengths, scale):  # type: ignore[no-untyped-def]
+        """Attends across the boundaries of texts: what a broken varlen kernel would do."""
+        return kernels["sdpa"](query, key, value, cu_seqlens=cu_seqlens, lengths=(sum(lengths),), scale=scale)
+
+    kernels = dict(attention._KERNELS)
+    name = good.message.split()[0].rstrip(",")
+    monkeypatch.setitem(attention._KERNELS, name, leaky)
+    assert only(doctor_gpu.attention_kernel).status == "fail"
+
+
+def test_a_check_that_breaks_is_a_line() -> None:
+    def broken(_: Wishes):  # type: ignore[no-untyped-def]
+        raise OSError("driver\nwent away")
+        yield
+
+    (check,) = doctor._guarded("driver", broken, Wishes())
+    assert check.status == "fail" and check.message == "the check itself failed: OSError: driver went away"
+
+
+def test_a_hanging_and_a_dying_rank_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(doctor_parallel.WorkerFailed, match=r"rank \d ended with 1: KeyError: 'nonsense'"):
+        doctor_parallel.run_workers("nonsense", 1, 60.0)
+    monkeypatch.setattr(doctor_parallel.sys, "executable", "/bin/cat")  # cat -m …: ends with an error at once
+    with pytest.raises(doctor_parallel.WorkerFailed, match="rank 0 ended with 1"):
+        doctor_parallel.run_workers("all_reduce", 1, 5.0)
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        with pytest.raises(doctor_parallel.WorkerFailed, match=r"no answer in 0 s from rank 0"):
+            doctor_parallel._wait([sleeper], [Path("/dev/null")], 0.2)  # type: ignore[list-item]
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2_fp32", "zero2_bf16"])
+def test_gradients_of_this_deepspeed_are_right(config: str) -> None:
+    check = only(doctor_parallel.gradients, Wishes(deepspeed=config))
+    assert check.status == "ok", check.message
+
+
+@pytest.mark.slow
+def test_gradients_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DeepSpeed's accumulation is made to say one micro-batch too few, as releases with issue 7718 amounted to."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'gradients' in sys.orig_argv:\n"
+        "    from anchor_cli.engine import deepspeed_engine as e\n"
+        "    build = e.build_engine\n"
+        "    def broken(*a):\n"
+        "        engine, optimizer = build(*a)\n"
+        "        true = engine.gradient_accumulation_steps()\n"
+        "        backward, calls = engine.backward, []\n"
+        "        def skipping(loss):\n"
+        "            calls.append(1)\n"
+        "            return backward(loss * (0.0 if len(calls) == 1 else 1.0))\n"
+        "        engine.backward = skipping\n"
+        "        return engine, optimizer\n"
+        "    e.build_engine = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    check = only(doctor_parallel.gradients, Wishes(deepspeed="zero2_fp32"))
+    assert check.status == "fail" and "relative error" in check.message
+
+
+def test_command_json_and_exit_code(tmp_path: Path) -> None:
+    """On this very host: one JSON document on stdout; the exit code says whether anything failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "anchor_cli.commands.cli", "doctor", "--json"],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path, env=_environment(),
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    names = [check["name"] for check in found["checks"]]
+    for name in ("python", "packages", "deepspeed", "compiler", "compiler locks", "attention kernel", "memory",
+                 "shared memory", "file descriptors", "disk", "Hub", "clock", "W&B", "all-reduce"):  # fmt: skip
+        assert name in names, name
+    counts = {s: sum(check["status"] == s for check in found["checks"]) for s in ("ok", "warn", "fail")}
+    assert found["counts"] == counts
+    assert done.returncode == (1 if counts["fail"] else 0)
+    reduced = found["checks"][names.index("all-reduce")]
+    assert re.search(r"(gloo|nccl) over \d+ (processes|GPUs), [\d.]+ GB/s", reduced["message"]), reduced
+    assert list(tmp_path.iterdir()) == []
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_lines() -> None:
+    assert doctor.lines_of(Check("disk", "warn", "20 GB free", "clear it"), width=6) == [
+        "warn  disk   20 GB free",
+        "             → clear it",
+    ]
+    assert doctor.summary([Check("a", "ok", ""), Check("b", "warn", "", "x")])["verdict"] == "warn"
