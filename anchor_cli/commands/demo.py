@@ -1,0 +1,64 @@
+"""`anchor demo`: the whole path on a laptop CPU in a few minutes, on data it makes itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anchor_cli.words.console import print_json
+
+if TYPE_CHECKING:
+    from anchor_cli.engine.demo import Outcome
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to work in; an earlier demo in it is replaced.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the weights and the order of rows.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 500,
+    documents: Annotated[int, typer.Option(min=12, max=800, help="Documents of the world.")] = 400,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Make a small Korean and English world, train on it, evaluate before and after, export. Some minutes on a CPU."""
+    from anchor_cli.engine.demo import Recipe, run_demo
+
+    recipe = Recipe(seed=seed, steps=steps, num_documents=documents, warmup_steps=max(1, min(50, steps // 5)))
+    outcome = run_demo(out, recipe)
+    show(outcome, on_stderr=as_json)
+    if as_json:
+        print_json(outcome.as_dict())
+
+
+def show(outcome: Outcome, *, on_stderr: bool) -> None:
+    """The table of scores, the time it took, and what to type next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    screen = Console(stderr=on_stderr, highlight=False, soft_wrap=True)
+    table = Table(title=f"held-out questions, {outcome.recipe.num_documents} documents, nDCG@10")
+    table.add_column("")
+    for title in ("chance", "before", "after"):
+        table.add_column(title, justify="right")
+    rows = {**outcome.before["results"], "average": outcome.before["avg"]}
+    trained = {**outcome.after["results"], "average": outcome.after["avg"]}
+    for name, row in rows.items():
+        table.add_row(name, f"{outcome.chance:.3f}", f"{row['ndcg@10']:.3f}", f"{trained[name]['ndcg@10']:.3f}")
+    screen.print(table)
+    total = sum(outcome.seconds.values())
+    training = outcome.seconds.get("train", 0.0)
+    screen.print(f"{total:.0f} s in all, {training:.0f} s of them training. Files are in {outcome.folder}/")
+    screen.print("\nWhat to type next:")
+    for line in next_commands(outcome):
+        screen.print(f"  {line}")
+
+
+def next_commands(outcome: Outcome) -> list[str]:
+    """Commands that work on what the demo left."""
+    folder = outcome.folder
+    return [
+        f"anchor report {folder}/run",
+        f"anchor eval {outcome.checkpoint.name} --data {outcome.benchmarks[0]} --queries 5",
+        f"anchor train {folder}/spec.json --set experiment_id=again --set learning_rate=1e-3",
+        "anchor init spec.json    # a spec for your own pairs and Qwen/Qwen3-0.6B",
+    ]
