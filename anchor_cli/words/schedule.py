@@ -52,4 +52,4 @@ def interval_steps(value: float, total: int) -> int:
     """`eval_steps` / `save_steps` in steps: below 1 a share of all steps (rounded up), 0 switches off (returns 0)."""
     if value <= 0:
         return 0
-    return max(1, math.ceil(value * total)) if value < 1 else int(value)
+    return max(1, math.ceil(value * total - 1e-9)) if value < 1 else int(value)  # 0.07 x 100 is 7, not 8
