@@ -1,0 +1,287 @@
+"""What a SOURCE of the command line means: which files or Hub data set, which columns, how many rows, which bytes.
+
+    DIR         written by `datasets.save_to_disk`: a Dataset, or a DatasetDict (its `train` split, or the one `split`
+                names); or a folder of data files
+    FILE, GLOB  .jsonl .json .csv .tsv .parquet .arrow, each also .gz or .zst; the files of a glob in order of name
+    ORG/NAME    a data set of the Hub, streamed
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anchor_cli.data.source_files import (
+    Columns,
+    Limits,
+    Part,
+    Row,
+    column_names,
+    format_of,
+    opened,
+    read_parts,
+    row_parts,
+)
+from anchor_cli.words.console import progress, say
+from anchor_cli.words.errors import InputError, RunError, nearest
+
+QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
+DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
+_LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
+LANGUAGE_NAMES = ("language", "lang")
+_USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """One file of a source, or a whole data set of the Hub."""
+
+    name: str
+    """Path as the user will know it, or `ORG/NAME[split]`."""
+    columns: Columns
+    path: Path | None
+    """None for the Hub."""
+    hub: HubSet | None = None
+
+    def parts(self, limits: Limits) -> Iterator[Part]:
+        """All its rows, in order."""
+        if self.path is not None:
+            yield from read_parts(self.path, self.columns, limits)
+        elif self.hub is not None:
+            yield from row_parts(self.hub.rows(self.columns), limits)
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set of the Hub, as `load_dataset(id, subset, split=split, streaming=True)` gives it."""
+
+    identifier: str
+    subset: str | None
+    split: str
+
+    def open(self) -> Any:
+        """The library's IterableDataset.
+
+        Raises:
+            InputError: no such data set, subset or split. RunError: the Hub cannot be reached.
+        """
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.identifier, self.subset, split=self.split, streaming=True)
+        except (ConnectionError, TimeoutError, OSError) as error:
+            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {_first_line(error)}"
+            raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
+        except (ValueError, datasets.exceptions.DatasetsError) as error:
+            remedy = "--split and --subset name parts of it"
+            raise InputError(f"{self.identifier}: {_first_line(error)}", remedy) from None
+
+    def rows(self, columns: Columns) -> Iterator[Row]:
+        """(query, document, language) of every row, as the Hub gives them."""
+        for row in self.open():
+            language = row.get(columns.language) if columns.language else None
+            yield row.get(columns.query), row.get(columns.document), language
+
+
+@dataclass(frozen=True)
+class Source:
+    """One SOURCE of the command line."""
+
+    spec: str
+    files: list[PairFile]
+    fingerprint: str
+    """SHA-256 over its files' bytes; for the Hub, over the identifier, revision and split."""
+    rows_hint: int | None
+    """How many rows it has, for the progress bar; None when only reading would tell."""
+
+    def count_rows(self, limits: Limits) -> int:
+        """Exactly how many rows it has: reads all of it."""
+        return sum(part.num_rows for file in self.files for part in file.parts(limits))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user said about all sources; None is guessed, and said aloud."""
+
+    query_column: str | None = None
+    document_column: str | None = None
+    language_column: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    told: set[str] = field(default_factory=set)
+
+
+def open_source(spec: str, asked: Asked) -> Source:
+    """Find out what `spec` means, read its columns and fingerprint.
+
+    Raises:
+        InputError: nothing is there, or its columns are not those asked for or cannot be guessed.
+        RunError: it can only be of the Hub, which cannot be reached.
+    """
+    place = Path(spec).expanduser()
+    if place.is_dir():
+        paths = _folder_files(place, asked.split)
+    elif place.is_file():
+        paths = [place]
+    elif glob.has_magic(spec):
+        paths = [Path(found) for found in sorted(glob.glob(str(place), recursive=True)) if Path(found).is_file()]
+        if not paths:
+            raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")
+    elif _HUB_ID.fullmatch(spec) and format_of(spec) is None:
+        return _hub_source(spec, asked)
+    else:
+        raise InputError(f"{spec}: no such file or folder", _near_file(place))
+    files = []
+    for path in paths:
+        if format_of(path) is None:
+            known = "expected .jsonl .json .csv .tsv .parquet .arrow, plain, .gz or .zst"
+            raise InputError(f"{path}: unknown kind of file", known)
+        files.append(PairFile(str(path), choose_columns(column_names(path), str(path), asked), path))
+    fingerprint, rows_hint = _look_at(paths)
+    return Source(spec, files, fingerprint, rows_hint)
+
+
+def choose_columns(names: Sequence[str], where: str, asked: Asked) -> Columns:
+    """The columns asked for, or the only likely ones.
+
+    Raises:
+        InputError: a column is not there, or several would do.
+    """
+    for wanted in (asked.query_column, asked.document_column, asked.language_column):
+        if wanted is not None and wanted not in names:
+            near = nearest(wanted, names)
+            hint = f"did you mean {near}?" if near else None
+            raise InputError(f"{where}: no column {wanted!r}, its columns are {', '.join(names) or '(none)'}", hint)
+    query, document = asked.query_column, asked.document_column
+    if query is None and document is None:
+        usual = [pair for pair in _USUAL_PAIRS if set(pair) <= set(names)]
+        if len(usual) == 1:
+            query, document = usual[0]
+    query = query or _only(QUERY_NAMES, names, document, where, "query")
+    document = document or _only(DOCUMENT_NAMES, names, query, where, "document")
+    language = asked.language_column or next((name for name in LANGUAGE_NAMES if name in names), None)
+    columns = Columns(query, document, language)
+    _say_once(columns, where, asked)
+    return columns
+
+
+def _only(likely: Sequence[str], names: Sequence[str], other: str | None, where: str, side: str) -> str:
+    found = [name for name in names if name.lower() in likely and name != other]
+    if len(found) == 1:
+        return found[0]
+    problem = f"{' or '.join(found)}?" if found else f"none of {', '.join(names) or '(no columns)'} is known as one"
+    raise InputError(f"{where}: which column is the {side}: {problem}", f"say --{side}-column NAME")
+
+
+def _say_once(columns: Columns, where: str, asked: Asked) -> None:
+    guessed = []
+    if asked.query_column is None:
+        guessed.append(f"query = {columns.query}")
+    if asked.document_column is None:
+        guessed.append(f"document = {columns.document}")
+    if asked.language_column is None and columns.language is not None:
+        guessed.append(f"language = {columns.language}")
+    line = ", ".join(guessed)
+    if line and line not in asked.told:
+        asked.told.add(line)
+        say(f"{where}: columns guessed: {line}")
+
+
+def _folder_files(folder: Path, split: str | None) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits: list[str] = _json(folder / "dataset_dict.json").get("splits", [])
+        chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
+        if chosen is None or chosen not in splits:
+            raise InputError(f"{folder}: which split: {', '.join(splits)}", "say --split NAME")
+        if split is None:
+            say(f"{folder}: split {chosen} of {', '.join(splits)}")
+        folder = folder / chosen
+    if (folder / "state.json").is_file():
+        state = _json(folder / "state.json")
+        if state.get("_indices_data_files"):
+            remedy = "load_from_disk(…).flatten_indices().save_to_disk(…) writes it anew"
+            raise InputError(f"{folder}: written by an old datasets, with an indices mapping", remedy)
+        paths = [folder / entry["filename"] for entry in state.get("_data_files", [])]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise InputError(f"{missing[0]}: not found, but {folder / 'state.json'} names it", "is the folder whole?")
+        return paths
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path))
+    if not paths:
+        raise InputError(f"{folder}: no data in it", "expected a folder of datasets.save_to_disk, or of data files")
+    return paths
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _look_at(paths: list[Path]) -> tuple[str, int | None]:
+    """(SHA-256 over the files' bytes, rows or None), in one pass over the bytes."""
+    digest = hashlib.sha256()
+    counts: list[int | None] = []
+    with progress("fingerprint of the source", sum(path.stat().st_size for path in paths) / 1e6, "MB") as bar:
+        for path in paths:
+            lines = 0
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    lines += block.count(b"\n")
+                    bar.advance(len(block) / 1e6)
+            counts.append(lines if path.suffix.lower() in _LINES else _rows_of(path))
+    known = [num for num in counts if num is not None]
+    return digest.hexdigest(), sum(known) if len(known) == len(counts) else None
+
+
+def _rows_of(path: Path) -> int | None:
+    """Rows of a table or of a compressed text; None where only reading would tell."""
+    if path.with_suffix("").suffix.lower() in _LINES:
+        with opened(path) as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq
+
+        return int(pq.ParquetFile(path).metadata.num_rows)
+    if path.suffix.lower() == ".arrow":
+        import pyarrow as pa
+
+        with pa.memory_map(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                return None
+            file.seek(0)
+            return int(sum(batch.num_rows for batch in pa.ipc.open_stream(file)))
+    return None
+
+
+def _hub_source(spec: str, asked: Asked) -> Source:
+    hub = HubSet(spec, asked.subset, asked.split or "train")
+    say(f"{spec}: no such file here; reading split {hub.split} from the Hub")
+    stream = hub.open()
+    names = stream.column_names or list(next(iter(stream), {}))
+    info = stream.info
+    sizes = {name: part.num_examples for name, part in (info.splits or {}).items()} if info is not None else {}
+    told = json.dumps([spec, hub.subset, hub.split, str(getattr(info, "download_checksums", None) or info.version)])
+    name = f"{spec}[{hub.split}]"
+    file = PairFile(name, choose_columns(names, name, asked), None, hub)
+    return Source(spec, [file], hashlib.sha256(told.encode()).hexdigest(), sizes.get(hub.split))
+
+
+def _near_file(place: Path) -> str | None:
+    if not place.parent.is_dir():
+        return f"{place.parent} is no folder either"
+    near = nearest(place.name, [path.name for path in place.parent.iterdir()])
+    return f"did you mean {place.parent / near}?" if near else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
