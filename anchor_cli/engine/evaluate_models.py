@@ -133,6 +133,9 @@ def evaluate_models(
 
 
 def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # "Loading weights" says nothing to the person and is done in a moment
     try:
         return load_embedder(model.folder, batch_tokens=batch_tokens, device=device)
     except AnchorError:

@@ -86,7 +86,7 @@ def trec_run(result: BenchmarkResult, tag: str) -> str:
     lines = []
     for query, found, scores in zip(result.query_ids, result.found, result.scores):
         for rank, (key, score) in enumerate(zip(found, scores), start=1):
-            lines.append(f"{_field(query)} Q0 {_field(key)} {rank} {score:.9g} {tag}\n")
+            lines.append(f"{_field(query)} Q0 {_field(key)} {rank} {score:.10f} {tag}\n")
     return "".join(lines)
 
 

@@ -3,9 +3,9 @@
     Q queries, N documents, D dimensions, k wanted
 
 No (Q, N) matrix is ever held: a block of queries meets a block of documents, and only the best k scores are kept. A
-score is the cosine computed in float64 and rounded to float32, so that it depends neither on the size of the blocks nor
-on where in a block a document stands, and equal vectors tie exactly (a float32 product promises neither). Score and tie
-order are one int64 key, so that "the best k" has one answer even when every document ties.
+score is the cosine computed in float64 and rounded to a multiple of 2^-30, so that it depends neither on the size of
+the blocks nor on where in a block a document stands, and equal vectors tie exactly; a float32 product promises neither.
+Score and tie order are one int64 key, so that "the best k" has one answer even when every document ties.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from anchor_cli.words.errors import RunError
 from anchor_cli.words.metric_names import ALIGNMENT, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
 
 Float32Array = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
 _QUERIES_A_BLOCK = 512
 _BLOCK_BYTES = 96 << 20
-_BYTES_A_SCORE = 48  # float64 score, float32 score, int32 bits, int64 key, and the top-k's own copies
+_BYTES_A_SCORE = 48  # float64 score, its rounding, int64 steps and key, and the top-k's own copies
+_STEPS = 2.0**30  # steps of a score from 0 to 1: far above the noise of float64, far below that of float32
 _LOW_32_BITS = 0xFFFFFFFF
 NEAR_IDENTICAL_COSINE = 0.999
 """Assumption: two different texts above this cosine are one point for a retriever."""
@@ -65,7 +67,7 @@ def search(
     *,
     device: str = "cpu",
     block_bytes: int = _BLOCK_BYTES,
-) -> tuple[Int64Array, Float32Array]:
+) -> tuple[Int64Array, FloatArray]:
     """The `k` best documents of every query by cosine: indices (Q, min(k, N)) and scores, best first.
 
     `queries` (Q, D), `documents` (N, D; may be memory-mapped), not necessarily of length 1. `ties` (N,): a permutation,
@@ -83,12 +85,12 @@ def search(
     by_tie = np.empty(num_documents, dtype=np.int64)
     by_tie[ties] = np.arange(num_documents)
     indices = np.empty((len(queries), k), dtype=np.int64)
-    scores = np.empty((len(queries), k), dtype=np.float32)
+    scores = np.empty((len(queries), k), dtype=np.float64)
     for start in range(0, len(queries), _QUERIES_A_BLOCK):
         stop = min(start + _QUERIES_A_BLOCK, len(queries))
         best = _best_keys(unit_rows(_on(queries[start:stop], device)), documents, k, ties, device, block_bytes)
         indices[start:stop] = by_tie[(_LOW_32_BITS - (best & _LOW_32_BITS)).cpu().numpy()]
-        scores[start:stop] = _as_float((best >> 32).to(torch.int32)).cpu().numpy()
+        scores[start:stop] = ((best >> 32).to(torch.float64) / _STEPS).cpu().numpy()
     return indices, scores
 
 
@@ -101,7 +103,7 @@ def _best_keys(
     best = torch.empty((len(queries), 0), dtype=torch.int64, device=device)
     for start in range(0, len(documents), size):
         block = unit_rows(_on(documents[start : start + size], device))
-        keys = _keys((queries @ block.T).to(torch.float32), _on(ties[start : start + size], device))
+        keys = _keys(queries @ block.T, _on(ties[start : start + size], device))
         both = torch.cat([best, keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values], dim=1)
         best = both.topk(min(k, both.shape[1]), dim=1).values
     return best
@@ -111,19 +113,10 @@ def _on(array: npt.NDArray[np.generic], device: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-def _keys(scores: Tensor, ties: Tensor) -> Tensor:
+def _keys(cosines: Tensor, ties: Tensor) -> Tensor:
     """(q, n) int64 that order as (score descending, tie rank ascending) when sorted descending."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the same as 0.0
-    return (_ordered(bits).to(torch.int64) << 32) + (_LOW_32_BITS - ties)
-
-
-def _ordered(bits: Tensor) -> Tensor:
-    """float32 bits as int32 that order like the floats (bits below the sign flipped where negative); own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _as_float(ordered: Tensor) -> Tensor:
-    return _ordered(ordered).view(torch.float32)
+    steps: Tensor = (cosines * _STEPS).round().to(torch.int64)
+    return (steps << 32) + (_LOW_32_BITS - ties)
 
 
 def embedding_health(
