@@ -1,0 +1,102 @@
+# syntax=docker/dockerfile:1
+# anchor in a container: a build stage with compilers, a run stage without them where possible, never root.
+#
+#   docker build -t anchor .                                    CUDA: torch with CUDA, flash-attn, Liger
+#   docker build -t anchor:cpu --build-arg VARIANT=cpu .        CPU only: small, for demos and CI
+#
+# BASE        any image with Debian's or Ubuntu's apt and Python 3.11 or newer as python3
+# VARIANT     cuda or cpu
+# FLASH_ATTN  build: compile it here (an hour, MAX_JOBS x 8 GB memory); none: PyTorch's own varlen attention is used;
+#             else anything pip installs, such as the URL of a ready wheel
+# TORCH_INDEX the wheel index of the CPU build of torch (PyPI has the CUDA one)
+ARG BASE=python:3.11-slim-bookworm
+ARG VARIANT=cuda
+
+FROM ${BASE} AS builder
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /src
+RUN python3 -m venv /opt/anchor
+ENV PATH=/opt/anchor/bin:$PATH
+# the versions alone first: this layer, gigabytes large, is made anew only when they change
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY anchor_cli/__init__.py anchor_cli/__init__.py
+COPY ds_configs ds_configs
+COPY train_configs train_configs
+
+FROM builder AS builder-cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+        ".[sentence-transformers,tensorboard]"
+
+FROM builder AS builder-cuda
+ARG FLASH_ATTN=build
+ARG FLASH_ATTN_VERSION=2.8.3
+ARG FLASH_ATTN_CUDA_ARCHS=80;90
+ARG MAX_JOBS=4
+RUN pip install --constraint constraints.txt ".[sentence-transformers,tensorboard,liger]"
+# nvcc of the CUDA release that torch was built for, from NVIDIA's own repository; this stage is thrown away.
+# Debian and NVIDIA drop old package versions from their repositories, so pins would break the build within weeks;
+# pip's are in constraints.txt.
+# hadolint ignore=DL3008,DL3013
+RUN set -eu; case "$FLASH_ATTN" in \
+    none) exit 0 ;; \
+    build) ;; \
+    *) pip install --no-deps "$FLASH_ATTN" && pip install --constraint constraints.txt einops && exit 0 ;; \
+    esac; \
+    cuda="$(python3 -c 'import torch; print(torch.version.cuda.replace(".", "-"))')"; \
+    apt-get update; \
+    apt-get install --yes --no-install-recommends ca-certificates curl g++ ninja-build python3-dev; \
+    curl --fail --silent --show-error --location --output /tmp/keyring.deb \
+        https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/cuda-keyring_1.1-1_all.deb; \
+    dpkg --install /tmp/keyring.deb; \
+    apt-get update; \
+    apt-get install --yes --no-install-recommends "cuda-minimal-build-$cuda" "cuda-libraries-dev-$cuda"; \
+    export CUDA_HOME=/usr/local/cuda FLASH_ATTENTION_FORCE_BUILD=TRUE; \
+    export MAX_JOBS="$MAX_JOBS" FLASH_ATTN_CUDA_ARCHS="$FLASH_ATTN_CUDA_ARCHS"; \
+    pip install --constraint constraints.txt packaging ninja psutil setuptools wheel einops; \
+    pip install --no-build-isolation --no-deps "flash-attn==$FLASH_ATTN_VERSION"; \
+    rm -rf /var/lib/apt/lists/* /tmp/keyring.deb
+
+# hadolint ignore=DL3006
+FROM builder-${VARIANT} AS installed
+WORKDIR /src
+COPY anchor_cli anchor_cli
+RUN pip install --no-cache-dir --no-deps . \
+    && find /opt/anchor -name __pycache__ -type d -prune -exec rm -rf {} + \
+    && find /opt/anchor -name tests -type d -path '*/site-packages/*/tests' -prune -exec rm -rf {} +
+
+FROM ${BASE} AS runtime-cpu
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS runtime-cuda
+# Triton (Liger, torch_compile) compiles a small launcher on the user's machine at first use.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+# hadolint ignore=DL3006
+FROM runtime-${VARIANT} AS image
+ARG VARIANT
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="anchor" \
+      org.opencontainers.image.description="Stage I of Anchor Embedding: train text-embedding language models" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      ai.anchor.variant="${VARIANT}"
+RUN useradd --create-home --uid 1000 anchor \
+    && mkdir -p /work /home/anchor/.cache \
+    && chown -R anchor:anchor /work /home/anchor
+COPY --from=installed /opt/anchor /opt/anchor
+ENV PATH=/opt/anchor/bin:$PATH \
+    HOME=/home/anchor \
+    LANG=C.UTF-8 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# a number, so that Kubernetes can tell that it is not root
+USER 1000:1000
+WORKDIR /work
+ENTRYPOINT ["anchor"]
+CMD ["--help"]

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Build the CPU image and try it: entry point, user, no secrets, `anchor doctor`, `anchor demo`.
+#
+#   bash docker/test-image.sh                 with docker when its daemon answers, else with buildah (no daemon needed)
+#   BASE=localhost/base bash docker/test-image.sh     on another base image; with buildah and no network to a registry
+#                                             a base is made by debootstrap when BASE is not given
+# Honoured when set: PIP_FIND_LINKS (a folder of wheels, mounted read-only), PIP_CERT, TORCH_INDEX, DEMO_STEPS.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${IMAGE:=localhost/anchor-test:cpu}" "${DEMO_STEPS:=500}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
+step() { printf '\n== %s\n' "$*"; }
+fail() { printf 'test-image: %s\n' "$*" >&2; exit 1; }
+
+buildah() { command buildah --storage-driver vfs "$@"; }
+
+make_base() {  # a stand-in for the public base image: Debian bookworm with its Python 3.11
+    buildah inspect --type image localhost/base >/dev/null 2>&1 && return
+    command -v debootstrap >/dev/null || fail "no BASE given, and debootstrap is not installed to make one"
+    step "making localhost/base with debootstrap"
+    folder="$(mktemp -d)"
+    debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$folder/rootfs" >/dev/null
+    printf 'FROM scratch\nCOPY rootfs /\n' >"$folder/Containerfile"
+    buildah bud --isolation chroot -t localhost/base -f "$folder/Containerfile" "$folder" >/dev/null
+    rm -rf "$folder"
+}
+
+build() {
+    local arguments=(--build-arg VARIANT=cpu --build-arg "REVISION=$REVISION" -t "$IMAGE")
+    [ -z "${BASE:-}" ] || arguments+=(--build-arg "BASE=$BASE")
+    [ -z "${TORCH_INDEX+x}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
+    if [ "$TOOL" = docker ]; then
+        docker build "${arguments[@]}" .
+        return
+    fi
+    arguments+=(--isolation chroot --layers -v /etc/ssl/certs:/etc/ssl/certs:ro)
+    for folder in ${PIP_FIND_LINKS:-}; do arguments+=(-v "$folder:$folder:ro"); done
+    for name in PIP_FIND_LINKS PIP_CERT PIP_INDEX_URL PIP_EXTRA_INDEX_URL; do
+        [ -z "${!name:-}" ] || arguments+=(--env "$name=${!name}")
+    done
+    buildah bud "${arguments[@]}" .
+}
+
+config() {  # one field of the image's configuration, as JSON
+    if [ "$TOOL" = docker ]; then docker image inspect --format "{{json .Config.$1}}" "$IMAGE"
+    else buildah inspect --type image --format "{{json .OCIv1.Config.$1}}" "$IMAGE"; fi
+}
+
+in_image() {  # run a command line in the image as its own user
+    if [ "$TOOL" = docker ]; then
+        docker run --rm --network none --entrypoint "$1" "$IMAGE" "${@:2}"
+    else
+        buildah run --isolation chroot "$CONTAINER" -- "$@"
+    fi
+}
+
+if command -v docker >/dev/null && docker info >/dev/null 2>&1; then TOOL=docker
+elif command -v buildah >/dev/null; then TOOL=buildah
+else fail "neither a docker daemon nor buildah is here"; fi
+
+if command -v hadolint >/dev/null; then step "hadolint"; hadolint Dockerfile && echo "clean"
+else echo "hadolint is not installed: skipped"; fi
+
+if [ "$TOOL" = buildah ] && [ -z "${BASE:-}" ]; then make_base; BASE=localhost/base; fi
+[ -z "${PIP_FIND_LINKS:-}" ] || : "${TORCH_INDEX=}"
+
+step "building $IMAGE with $TOOL"
+began=$SECONDS
+build
+echo "built in $((SECONDS - began)) s"
+if [ "$TOOL" = buildah ]; then
+    CONTAINER="$(buildah from "$IMAGE")"
+    trap 'buildah rm "$CONTAINER" >/dev/null' EXIT
+fi
+
+step "configuration"
+echo "entry point $(config Entrypoint), user $(config User), labels $(config Labels)"
+[ "$(config Entrypoint)" = '["anchor"]' ] || fail "the entry point is not anchor"
+[ "$(config User)" = '"1000:1000"' ] || fail "the image does not run as the user anchor (1000)"
+[ "$(in_image id -u)" != 0 ] || fail "runs as root"
+! config Env | grep -qiE 'token|api_key|password|secret' || fail "a secret's name is in the environment"
+! in_image sh -c 'ls -a /src /work /home/anchor 2>/dev/null' | grep -qE '^(\.git|\.env|\.venv|\.netrc)$' || fail "more than the program is in it"
+echo "venv: $(in_image du -sm /opt/anchor | cut -f1) MB"
+
+step "anchor --version, anchor --help"
+in_image anchor --version
+in_image anchor --help >/dev/null
+
+step "anchor doctor"
+in_image env HF_HUB_OFFLINE=1 anchor doctor
+
+step "anchor demo --steps $DEMO_STEPS"
+in_image sh -c "cd \"\$(mktemp -d)\" && HF_HUB_OFFLINE=1 anchor demo --steps $DEMO_STEPS && ls demo"
+
+step "done"
+echo "$IMAGE builds and runs"
