@@ -54,9 +54,9 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
 def test_states_of_zero_2_on_two_gpus_by_hand() -> None:
     parameters = 596_049_920
     got = memory_model.state_bytes(
-        ModelShape.from_config(QWEN3_0_6B), StateOptions(2, 4, zero_stage=2, world_size=2, bucket=200_000_000)
+        ModelShape.from_config(QWEN3_0_6B), StateOptions(2, 4, 4, zero_stage=2, world_size=2, bucket=200_000_000)
     )
-    assert got == (2 * parameters, 4 * parameters / 2, 12 * parameters / 2, 2 * 200_000_000 * 2)
+    assert got == (2 * parameters, 4 * parameters / 2, 12 * parameters / 2, 2 * 200_000_000 * 4)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_what_each_zero_stage_shares_out(stage: int, want: tuple[int, int, int])
         num_parameters = 10  # type: ignore[assignment]
 
     shape = Ten(1, 1, 1, 1, 1, 1, 1, True, False, False)
-    got = memory_model.state_bytes(shape, StateOptions(2, 2, zero_stage=stage, world_size=5))[:3]
+    got = memory_model.state_bytes(shape, StateOptions(zero_stage=stage, world_size=5))[:3]
     assert got == want
 
 
 def test_fp32_keeps_no_second_copy_of_the_weights() -> None:
     shape = ModelShape.from_config(TINY)
-    options = StateOptions(4, 4, zero_stage=2, world_size=1)
+    options = StateOptions(4, 4, 4, zero_stage=2, world_size=1)
     assert memory_model.state_bytes(shape, options)[2] == 8 * shape.num_parameters
 
 

@@ -128,6 +128,15 @@ def objective_flops(
     return (1 + BACKWARD) * forward
 
 
+def recompute_factor(
+    shape: ModelShape, query_lengths: Lengths, document_lengths: Lengths, num_targets: int | None = None
+) -> float:
+    """FLOPs with gradient checkpointing (every layer's forward pass once more) over FLOPs without, at least 1."""
+    lengths = np.concatenate([np.asarray(query_lengths, np.int64), np.asarray(document_lengths, np.int64)])
+    again = forward_flops(shape, lengths) + forward_flops(shape, lengths - 1)
+    return 1 + again / objective_flops(shape, query_lengths, document_lengths, num_targets)
+
+
 def padded_flops(
     shape: ModelShape,
     query_lengths: Lengths,

@@ -25,6 +25,7 @@ CONTEXT_BYTES = 1.5e9  # assumption: CUDA context, NCCL buffers, cuBLAS workspac
 TOKENS_STEP = 1024  # budgets are multiples of this
 EFFICIENT_TOKENS = 8192  # assumption: below this many tokens the matrix units are not full; checkpointing pays
 LARGEST_BUDGET = 65536  # assumption: nothing is gained beyond
+CPU_TOKENS = 8192  # budget of a CPU process
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class StateOptions:
 
     bytes_per_value: int = 2
     gradient_bytes: int = 2
+    communication_bytes: int = 2
     zero_stage: int = 2
     world_size: int = 1
     bucket: int = 500_000_000
@@ -100,7 +102,7 @@ def state_bytes(shape: ModelShape, options: StateOptions) -> tuple[float, float,
     weights = options.bytes_per_value * (share if options.zero_stage >= 3 else parameters)
     gradients = options.gradient_bytes * (share if options.zero_stage >= 2 else parameters)
     optimizer = (8 if options.bytes_per_value == 4 else 12) * (share if options.zero_stage >= 1 else parameters)
-    buckets = 2 * min(options.bucket, parameters) * options.bytes_per_value if options.world_size > 1 else 0
+    buckets = 2 * min(options.bucket, parameters) * options.communication_bytes if options.world_size > 1 else 0
     return weights, gradients, 0 if options.offload_optimizer else optimizer, buckets
 
 

@@ -1,0 +1,160 @@
+"""What would stop a run later, looked for now: files, GPUs, memory, disk, kernels, contradictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.engine.doctor import Check
+from anchor_cli.engine.estimate import Estimate, Hardware
+from anchor_cli.engine.hardware import local_gpus
+from anchor_cli.engine.memory_model import USABLE_SHARE
+from anchor_cli.engine.setup import contract_for
+from anchor_cli.words.ds_config import resolve_ds_config
+from anchor_cli.words.errors import AnchorError
+from anchor_cli.words.files import free_bytes
+from anchor_cli.words.spec import RunSpec
+
+GB = 1e9
+
+
+def examine(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
+    """One check after the other; `elsewhere` below means: planned for GPUs that this machine has not."""
+    elsewhere = hardware.gpu is not None and not local_gpus()
+    yield from _model(spec)
+    yield from _data(spec)
+    yield from _gpus(hardware, elsewhere)
+    yield from _memory(made)
+    yield from _disk(spec, made, elsewhere)
+    yield from _deepspeed(spec, hardware, made, ds_config)
+    yield from _kernel(spec, hardware, elsewhere)
+    yield from _schedule(made)
+    yield from _benchmarks(spec)
+
+
+def _model(spec: RunSpec) -> Iterator[Check]:
+    name, folder = spec.model_name_or_path, Path(spec.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        yield Check("model", "warn", f"{name}: no folder here, it will be taken from the Hub",
+                    "give a folder when the training host has no network")  # fmt: skip
+    elif not any(folder.glob("*.safetensors")):
+        yield Check("model", "fail", f"{folder}: no *.safetensors", "copy the weights there")
+    else:
+        yield Check("model", "ok", str(folder))
+
+
+def _data(spec: RunSpec) -> Iterator[Check]:
+    source = Path(spec.dataset_file_path).expanduser()
+    if not source.exists():
+        yield Check("data", "fail", f"{source}: not found on this machine", "anchor prepare SOURCE… --out DIR")
+    elif not (source / MANIFEST).is_file():
+        yield Check("data", "warn", f"{source}: raw, training will prepare it first",
+                    f"anchor prepare {source} --out DIR --tokenizer {spec.model_name_or_path} does it now")  # fmt: skip
+    else:
+        try:
+            PreparedPairs.open(source).require(contract_for(spec))
+        except AnchorError as error:
+            yield Check("data", "fail", error.message, error.hint or "anchor prepare")
+        else:
+            yield Check("data", "ok", f"{source}: prepared under this spec's text contract")
+
+
+def _gpus(hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
+    if hardware.gpu is None:
+        remedy = "--gpu h100-nvl --num-gpus 2 plans for GPUs"
+        yield Check("GPUs", "warn", "none here: planned for CPU processes", remedy)
+    elif elsewhere:
+        yield Check("GPUs", "warn", f"planned for {hardware.num_gpus} x {hardware.gpu.name}, this machine has none",
+                    "run anchor doctor on the training host")  # fmt: skip
+    elif len(found := local_gpus()) < hardware.num_gpus:
+        yield Check("GPUs", "fail", f"{len(found)} here, {hardware.num_gpus} wanted", f"--num-gpus {len(found)}")
+    else:
+        yield Check("GPUs", "ok", f"{len(found)} x {found[0][0]}")
+
+
+def _memory(made: Estimate) -> Iterator[Check]:
+    if made.memory is None or made.device_bytes is None:
+        return
+    need, have = made.memory.total / GB, made.device_bytes / GB
+    said = f"{need:.0f} of {have:.0f} GB a card"
+    if need > have:
+        yield Check("memory", "fail", said, "lower max_tokens_per_micro_batch, or gradient_checkpointing: true")
+    elif need > USABLE_SHARE * have:
+        yield Check("memory", "warn", f"{said}: tight", "lower max_tokens_per_micro_batch")
+    elif made.cut.gradient_checkpointing and made.cut.checkpointing_source == "the spec":
+        yield Check("memory", "ok", f"{said}, with gradient checkpointing as the spec says (\"auto\" may be faster)")
+    else:
+        yield Check("memory", "ok", said)
+
+
+def _disk(spec: RunSpec, made: Estimate, elsewhere: bool) -> Iterator[Check]:
+    free, need = free_bytes(_existing(spec.run_folder)), made.disk.total_bytes
+    said = f"{made.disk.checkpoints_kept} checkpoints of {made.disk.checkpoint_bytes / GB:.1f} GB: {need / GB:.0f} GB"
+    if elsewhere:
+        yield Check("disk", "ok", f"{said} (free space here, {free / GB:.0f} GB, says nothing of the training host)")
+    elif need > free:
+        yield Check("disk", "fail", f"{said}, {free / GB:.0f} GB free", "save_total_limit, or another output_dir")
+    else:
+        yield Check("disk", "ok", f"{said}, {free / GB:.0f} GB free")
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
+def _deepspeed(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
+    try:
+        resolve_ds_config(
+            ds_config, spec, gradient_accumulation_steps=made.cut.micro_batches_per_step, micro_batch_size=1,
+            world_size=hardware.num_gpus,
+        )  # fmt: skip
+    except AnchorError as error:
+        yield Check("deepspeed", "fail", error.message, error.hint or "")
+    else:
+        stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+        yield Check("deepspeed", "ok", f"{spec.deepspeed}: ZeRO stage {stage}, {spec.precision}")
+
+
+def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
+    modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    wish = spec.attn_implementation
+    if hardware.gpu is None:
+        yield Check("attention", "ok", f"{wish}: SDPA text by text, as on every CPU")
+    elif elsewhere:
+        yield Check("attention", "ok", f"{wish} (kernels of the training host: anchor doctor SPEC there)")
+    elif wish in modules and find_spec(modules[wish]) is None:
+        yield Check("attention", "warn", f"{wish}: {modules[wish]} is not installed, torch's varlen attention will run",
+                    "pip install flash-attn, or attn_implementation: auto")  # fmt: skip
+    elif wish == "sdpa":
+        yield Check("attention", "warn", "sdpa: one call a text, slow on a GPU", "attn_implementation: auto")
+    else:
+        yield Check("attention", "ok", wish)
+
+
+def _schedule(made: Estimate) -> Iterator[Check]:
+    steps = made.steps
+    if steps.warmup_steps >= steps.last_step:
+        yield Check("schedule", "warn", f"warm-up of {steps.warmup_steps} steps, the run has {steps.last_step}",
+                    "lower warmup_steps")  # fmt: skip
+
+
+def _benchmarks(spec: RunSpec) -> Iterator[Check]:
+    """Folders named as evaluation data must be there; data sets of the Hub are not looked up."""
+    if not (spec.eval_steps or spec.eval_on_start):
+        return
+    if spec.eval_data is None:
+        yield Check("evaluation", "warn", "the four NanoBEIR sets, from the Hub or its cache",
+                    "anchor eval snapshots them for a host without network")  # fmt: skip
+        return
+    for name in spec.eval_data:
+        place = Path(name.split(":", 1)[-1]).expanduser()
+        if place.is_dir() and not (place / "corpus.jsonl").is_file():
+            yield Check("evaluation", "fail", f"{place}: no corpus.jsonl", "expected a BEIR folder")
+        elif place.is_dir():
+            yield Check("evaluation", "ok", str(place))
+        elif place.is_absolute() or name.startswith((".", "~")):
+            remedy = "eval_data names BEIR folders or NanoBEIR sets"
+            yield Check("evaluation", "fail", f"{place}: no such folder", remedy)
