@@ -30,6 +30,7 @@ body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 'Pretendard
 main{max-width:1120px;margin:0 auto;padding:32px 24px 48px}
 h1{font-size:28px;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:19px;margin:36px 0 12px}
+h2 small{font-weight:400;font-size:14px;color:var(--soft)}
 p{margin:4px 0;color:var(--soft);overflow-wrap:anywhere}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:18px 0}
 .card,.panel{background:#fff;border:1px solid var(--line);border-radius:12px;padding:12px 16px}
