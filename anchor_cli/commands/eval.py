@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -48,9 +49,10 @@ def eval(  # noqa: A001 - the command's name
 
     metrics = metric or ["ndcg@10", "mrr@10"]
     models = resolve_models(checkpoints or [], default=baseline is None)
-    outcome = evaluate_models(
-        models, data, metrics=metrics, baseline=baseline is not None, batch_tokens=batch_tokens, device=device
-    )
+    with redirect_stdout(sys.stderr):  # libraries print when they load a model; stdout is for the result
+        outcome = evaluate_models(
+            models, data, metrics=metrics, baseline=baseline is not None, batch_tokens=batch_tokens, device=device
+        )
     documents = [document(model, metrics) for model in outcome]
     if details:
         documents = [each | details_of(model, outcome[0], metrics) for each, model in zip(documents, outcome)]
