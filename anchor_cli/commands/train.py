@@ -29,6 +29,10 @@ def train(
     """
     import os
 
+    from anchor_cli.engine.signals import StopFlag
+
+    flag = StopFlag()
+    flag.install()  # first of all: a signal is heard from here on
     from anchor_cli.words.spec import load_spec
 
     quiet = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0" or "ANCHOR_LAUNCHED" in os.environ
@@ -38,11 +42,11 @@ def train(
         if processes > 1:
             from anchor_cli.engine.launch import launch
 
-            launch(sys.argv[1:], processes, resolved.run_folder / "logs")
+            launch(sys.argv[1:], processes, resolved.run_folder)
             return
     from anchor_cli.engine.worker import work
 
-    work(resolved, spec.absolute(), tuple(skip_step or ()))
+    work(resolved, spec.absolute(), tuple(skip_step or ()), flag)
 
 
 def local_gpus() -> int:

@@ -9,16 +9,21 @@ All formats are JSON and safetensors: nothing is ever unpickled.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from anchor_cli.data.text import tokenizer_folder
 from anchor_cli.words.contract import TextContract, write_contract
 from anchor_cli.words.errors import InputError
-from anchor_cli.words.files import fsync_folder, fsync_tree, sha256_file, write_json
-from anchor_cli.words.run_folder import TRAINING_STATE, checkpoint_step, list_checkpoints
+from anchor_cli.words.files import free_bytes, fsync_folder, fsync_tree, sha256_file, write_json
+from anchor_cli.words.run_folder import TRAINING_STATE, best_checkpoint, list_checkpoints
 
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = (
@@ -38,20 +43,24 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> list[str]:
         return [f"{MANIFEST} is missing"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    problems = []
-    for name, known in manifest.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != known["size"]:
-                problems.append(f"{name} has {size:,} bytes instead of {known['size']:,}")
-            elif hashes and sha256_file(path) != known["sha256"]:
-                problems.append(f"{name} was changed after it was written (checksum differs)")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
-    return problems
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the GIL; the disk is the limit
+        found = pool.map(lambda item: _problem(folder / item[0], item[1], hashes), manifest.items())
+        return [problem for problem in found if problem]
+
+
+def _problem(path: Path, known: dict[str, Any], hashes: bool) -> str | None:
+    """What is wrong with one file of a checkpoint."""
+    try:
+        size = path.stat().st_size
+        if size != known["size"]:
+            return f"{path.name} has {size:,} bytes instead of {known['size']:,}"
+        if hashes and sha256_file(path) != known["sha256"]:
+            return f"{path.name} was changed after it was written (checksum differs)"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None
 
 
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
@@ -133,8 +142,9 @@ def copy_tokenizer(source: str, folder: Path) -> None:
     """The tokenizer's files as they are; for a Hub id, those in the Hub's cache."""
     if Path(source).is_dir():
         for name in _TOKENIZER_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
+            place = tokenizer_folder(Path(source)) if "token" in name or "chat" in name else Path(source)
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
         return
     from transformers import AutoTokenizer
 
@@ -144,8 +154,11 @@ def copy_tokenizer(source: str, folder: Path) -> None:
 def commit(partial: Path, final: Path) -> None:
     """Manifest, flush, one rename, flush. After it the checkpoint exists, before it it does not."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        hashes = list(pool.map(sha256_file, files))
     manifest = {
-        str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+        str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, hashes, strict=True)
     }
     write_json(partial / MANIFEST, {"files": manifest})
     for path in files:
@@ -159,16 +172,14 @@ def commit(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def prune(run_folder: Path, limit: int | None, best_step: int | None) -> list[Path]:
-    """Remove the oldest checkpoints beyond `limit`, never the best nor the newest whole one. Returns what went."""
-    if limit is None:
-        return []
+def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[Path]:
+    """Remove the oldest checkpoints beyond `limit`. Returns what went.
+
+    Never the best by `eval/avg/ndcg@10` (of those that were evaluated), nor the newest whole one (`hashes=False`: whole
+    by size; the one just written is). Damaged ones go first.
+    """
     found = list_checkpoints(run_folder)
-    whole = [path for path in found if not verify_checkpoint(path, hashes=False)]
-    protected = {path for path in found if best_step is not None and checkpoint_step(path) == best_step}
-    protected |= set(whole[-1:])
-    removable = [path for path in found if path not in protected]
-    gone = removable[: max(0, len(found) - limit)]
+    gone = removable(run_folder, found, limit, hashes=hashes)
     for path in gone:
         trash = path.with_name(f".{path.name}.removed")
         os.rename(path, trash)  # gone at once under its name, then emptied
@@ -176,7 +187,70 @@ def prune(run_folder: Path, limit: int | None, best_step: int | None) -> list[Pa
     return gone
 
 
-def needed_bytes(num_parameters: int, bytes_per_weight: int) -> int:
-    """Bytes of one checkpoint: model weights, fp32 weights and two moments, and 32 MB for the rest (tokenizer)."""
-    return num_parameters * (bytes_per_weight + 12) + 32 * 2**20
+def removable(run_folder: Path, found: list[Path], limit: int | None, *, hashes: bool) -> list[Path]:
+    """What `prune` removes of `found` (oldest first)."""
+    if limit is None or len(found) <= limit:
+        return []
+    whole = [path for path in found if not verify_checkpoint(path, hashes=hashes)]
+    protected = {best_checkpoint(run_folder), *whole[-1:]}
+    damaged_first = sorted(found, key=lambda path: path in whole)
+    return [path for path in damaged_first if path not in protected][: len(found) - limit]
 
+
+def needed_bytes(num_parameters: int, bytes_per_weight: int, source: str) -> int:
+    """Bytes of one checkpoint: model weights, fp32 weights and two moments, the tokenizer's files, 256 KB of JSON.
+
+    The tokenizer of a Hub id counts as 32 MB (assumption; Qwen3's is 11 MB).
+    """
+    files = [Path(source) / name for name in _TOKENIZER_FILES]
+    tokenizer = sum(path.stat().st_size for path in files if path.is_file()) if Path(source).is_dir() else 32 * 2**20
+    return num_parameters * (bytes_per_weight + 12) + tokenizer + 2**18
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raises OSError when the disk of `folder` has less than `num_bytes` free."""
+    free = free_bytes(folder)
+    if free < num_bytes:
+        raise OSError(f"{in_units(num_bytes)} needed, {in_units(free)} free on the disk of {folder}")
+
+
+def in_units(num_bytes: float) -> str:
+    """`8.4 GB`, `312 MB`, `20 KB` (powers of 1000)."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} KB"
+
+
+_locks: dict[Path, IO[str]] = {}
+
+
+def lock_run(run_folder: Path, patience_s: float = 10.0) -> None:
+    """Make this process the only one that trains in `run_folder`, until it ends (however it ends: the kernel's lock).
+
+    `patience_s`: the processes of a run that was just killed may need a moment to go.
+
+    Raises:
+        InputError: another process holds the run.
+    """
+    path = run_folder.absolute() / ".lock"
+    if path in _locks:
+        return
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the process lives
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.seek(0)
+                message = f"{run_folder}: is being trained already by {file.read().strip() or 'another process'}"
+                raise InputError(message, hint="wait for it, end it, or give this run its own experiment_id") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locks[path] = file

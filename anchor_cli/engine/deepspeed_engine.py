@@ -15,7 +15,8 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -66,6 +67,39 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=self.cpu_group)
 
+    def from_first(self, work: Callable[[], Any], alive: Callable[[], None]) -> Any:
+        """What `work` gives on rank 0 (JSON), on every rank. It may take hours: the others hear every second that it
+        goes on, and call `alive`; so no time-out has to be as long as the longest preparation of data."""
+        if self.world_size == 1:
+            return work()
+        if self.rank != 0:
+            while _beat(self.cpu_group, 0):
+                alive()
+            return self.broadcast(None)
+        done = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # a rank is gone: the broadcast below says so
+                while not done.wait(1.0):
+                    _beat(self.cpu_group, 1)
+                _beat(self.cpu_group, 0)
+
+        beating = threading.Thread(target=beat, name="beat", daemon=True)
+        beating.start()
+        try:
+            value = work()
+        finally:
+            done.set()
+            beating.join()
+        return self.broadcast(value)
+
+
+def _beat(group: dist.ProcessGroup | None, value: int) -> bool:
+    """One heartbeat of rank 0 to all: 1 while it works, 0 when it has finished."""
+    beat = torch.tensor([value])
+    dist.broadcast(beat, 0, group=group)
+    return bool(beat.item())
+
 
 def environment_ranks() -> tuple[int, int, int] | None:
     """(rank, local rank, world size) from torchrun's, DeepSpeed's or SLURM's environment; None: started by hand."""
@@ -101,6 +135,11 @@ def start_processes(timeout_s: float = 1800.0) -> Ranks:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world_size, device, group)
+
+
+def leave_processes() -> None:
+    """Leave the process group in good order, at the end of a run."""
+    dist.destroy_process_group()
 
 
 def _complete_environment(rank: int, local_rank: int, world_size: int) -> None:

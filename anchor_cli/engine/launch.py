@@ -1,105 +1,203 @@
 """Start the local workers of a run, pass signals on, and leave with the exit code that tells what happened.
 
-torch elastic's process context starts and watches the workers (logs per rank, death noticed within a second). What is
-ours: a signal goes to every worker, which finish their step and save; when one dies, the others go at once.
+No torch here: workers start at once, and the launcher hears signals from its first moment. Each worker leads a session
+of its own, so that Ctrl-C reaches it once (from here) and everything it started can be ended with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO
 
-from anchor_cli.engine.worker import LAUNCHED
+from anchor_cli.engine.signals import AT_ONCE, SAME_KEY_S, STOP_SIGNALS, kill
+from anchor_cli.engine.watchdog import Failure, failure_of, forget_failures, where_folder
 from anchor_cli.words.console import say
-from anchor_cli.words.errors import RunError, Stopped
+from anchor_cli.words.errors import InputError, RunError, Stopped
 
-_POLL_S = 0.2
+LAUNCHED = "ANCHOR_LAUNCHED"  # process id of the launcher, for the workers it starts
+_POLL_S = 0.05
+_CAUSE_S = 3.0  # how long a rank that only lost touch with another waits to be explained by the other's end
+_SAVED_S = 30.0  # how long the others may take to leave after one has left with 75
 
 
-def launch(arguments: list[str], num_processes: int, log_folder: Path) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """A worker that ended."""
+
+    rank: int
+    pid: int
+    code: int  # negative: the signal that killed it
+    failure: Failure | None  # what it wrote down
+
+
+class Workers:
+    """The local processes of a run."""
+
+    def __init__(self, arguments: list[str], num_processes: int, run_folder: Path) -> None:
+        self.run_folder = run_folder
+        self.signals: list[int] = []
+        self._first_signal_s = 0.0
+        self._logs: list[IO[bytes]] = []
+        self._arguments = arguments
+        self._num = num_processes
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._pass_on)
+        signal.set_wakeup_fd(-1)  # signals are heard here now
+
+    def start(self) -> None:
+        """Rank 0 talks to this terminal; what the others write is kept in `logs/rank-N.log`."""
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self._num),
+                  "LOCAL_WORLD_SIZE": str(self._num), LAUNCHED: str(os.getpid())}  # fmt: skip
+        common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads_each(self._num))
+        for rank in range(self._num):
+            out = None
+            if rank:
+                out = open(self.run_folder / "logs" / f"rank-{rank}.log", "ab")  # noqa: SIM115 - open as long as it runs
+                self._logs.append(out)
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "anchor_cli", *self._arguments],
+                    env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT if out else None,
+                    start_new_session=True,
+                )
+            )
+            if self.signals:  # one that came while they were being started
+                kill(self._processes[-1].pid, self.signals[0])
+
+    def ended(self) -> list[Ended]:
+        """Those that have ended by now."""
+        found = []
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is not None:
+                found.append(Ended(rank, process.pid, code, failure_of(where_folder(self.run_folder), rank)))
+        return found
+
+    def wait(self) -> list[Ended]:
+        """All, once all have ended well; else those that had ended when enough was known about a failure."""
+        deadline = None
+        while True:
+            ended = self.ended()
+            failed = [end for end in ended if end.code]
+            if len(ended) == self._num:
+                return ended
+            if any(is_cause(end) and not self._by_our_signal(end) for end in failed):
+                return ended
+            if failed:
+                saved = any(end.code == Stopped.exit_code for end in failed)
+                deadline = deadline or time.monotonic() + (_SAVED_S if saved or self.signals else _CAUSE_S)
+                if time.monotonic() > deadline:
+                    return ended
+            time.sleep(_POLL_S)
+
+    def end(self) -> None:
+        """Nothing stays: workers and what they started are killed."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for log in self._logs:
+            log.close()
+
+    def _by_our_signal(self, end: Ended) -> bool:
+        return bool(self.signals) and -end.code in STOP_SIGNALS
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Every stop signal that comes here goes to every worker; a second Ctrl-C ends everything."""
+        now = time.monotonic()
+        if self.signals and number == signal.SIGINT and now - self._first_signal_s > SAME_KEY_S:
+            self.end()
+            os._exit(AT_ONCE)
+        if not self.signals:
+            self._first_signal_s = now
+        self.signals.append(number)
+        for process in self._processes:
+            if process.poll() is None:
+                kill(process.pid, number)
+
+
+def launch(arguments: list[str], num_processes: int, run_folder: Path) -> None:
     """Run `anchor {arguments}` in `num_processes` local workers and wait for them.
-
-    Rank 0 talks to this terminal; every rank's output is kept in `{log_folder}/rank-N.log`.
 
     Raises:
         Stopped: the workers saved after a signal.
-        RunError: a worker failed; the first one is named, with its last words.
-        SystemExit: all workers refused the input (2), said by rank 0.
+        RunError: a worker failed; the first cause is named, not what followed from it.
+        SystemExit: the same exit code as rank 0, which has said why.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
-
-    log_folder.mkdir(parents=True, exist_ok=True)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes),
-              "LOCAL_WORLD_SIZE": str(num_processes), LAUNCHED: "1"}  # fmt: skip
-    if "OMP_NUM_THREADS" not in os.environ:
-        common["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
-    environments = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)}
-    context = start_processes(
-        name="anchor",
-        entrypoint=sys.executable,
-        args=dict.fromkeys(range(num_processes), ("-m", "anchor_cli", *arguments)),
-        envs=environments,
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(log_folder / "workers"),
-            redirects=dict.fromkeys(range(1, num_processes), Std.ALL),
-        ),
-    )
-    signals = _forward_signals(context)
+    workers = Workers(arguments, num_processes, run_folder)
+    prepare_run_folder(run_folder)
+    forget_failures(where_folder(run_folder))
     try:
-        _wait(context, signals)
+        workers.start()
+        ended = workers.wait()
     finally:
-        context.close(signal.SIGKILL)
+        workers.end()
+    judge(ended, workers.signals)
 
 
-def _forward_signals(context: Any) -> list[int]:
-    """Every stop signal that comes here goes to every worker (once more for each repetition)."""
-    seen: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        for pid in context.pids().values():
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    return seen
-
-
-def _wait(context: Any, signals: list[int]) -> None:
-    """Wait until all workers have ended or one has failed; its peers then have a moment to end the same way."""
-    result = None
-    while result is None:
-        result = context.wait(timeout=_POLL_S)
-    if not result.is_failed():
+def judge(ended: list[Ended], signals: list[int]) -> None:
+    """Leave as the first cause of the end demands; nothing when all workers ended well. Raises as `launch` does."""
+    failed = [end for end in ended if end.code]
+    if not failed:
         return
-    first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    code = first.exitcode
-    if code == Stopped.exit_code:
-        raise Stopped("stopped after saving", hint="run the same command again to continue")
-    if code == 2:
-        raise SystemExit(2)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    say(f"rank {first.local_rank} {how}; the other workers were ended")
-    message = f"rank {first.local_rank} (pid {first.pid}) {how}{_last_words(first)}"
-    raise RunError(message, hint="run the same command again to continue")
+    stopped = [end for end in failed if end.code == Stopped.exit_code or (signals and -end.code in STOP_SIGNALS)]
+    causes = [end for end in failed if is_cause(end) and end not in stopped]
+    if stopped and not causes:
+        raise SystemExit(Stopped.exit_code)  # rank 0 has said where
+    first = min(causes or failed, key=lambda end: (end.code > 0, end.failure.time if end.failure else 0.0, end.rank))
+    if first.code < 0:
+        name = signal.Signals(-first.code).name
+        say("the other workers were ended")
+        raise RunError(f"rank {first.rank} (pid {first.pid}) was killed by {name}", hint=_WHY.get(name, _AGAIN))
+    if first.rank == 0 and first.failure and first.failure.said:
+        raise SystemExit(first.code)
+    unknown = f"failed with exit code {first.code}; see logs/rank-{first.rank}.log"
+    what = first.failure.message if first.failure else unknown
+    hint = (first.failure.hint if first.failure else None) or _AGAIN
+    raise (InputError if first.code == 2 else RunError)(f"rank {first.rank}: {what}", hint=hint)
 
 
-def _last_words(failure: Any) -> str:
-    """The last line that a worker other than rank 0 wrote to stderr."""
+_AGAIN = "run the same command again to continue"
+_WHY = {
+    "SIGKILL": f"by hand, or by the kernel when memory ran out (dmesg | tail); {_AGAIN}",
+    "SIGBUS": f"a memory-mapped file became unreadable (truncated, or its disk failed), or /dev/shm is full; {_AGAIN}",
+}
+
+
+def is_cause(end: Ended) -> bool:
+    """Whether a failed worker failed by itself, not because it lost touch with another or saved after a signal."""
+    if end.code in (0, Stopped.exit_code):
+        return False
+    return end.failure is None or not end.failure.followed
+
+
+def prepare_run_folder(run_folder: Path) -> None:
+    """The run's folder with its logs, which can be written. Raises InputError."""
     try:
-        lines = Path(failure.error_file).with_name("stderr.log").read_text(errors="replace").strip().splitlines()
-    except (OSError, TypeError):
-        return ""
-    return f": {lines[-1][:300]}" if lines else ""
+        (run_folder / "logs").mkdir(parents=True, exist_ok=True)
+        probe = run_folder / "logs" / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        message = f"output_dir: {error.filename or run_folder}: cannot be written ({error.strerror})"
+        raise InputError(message, hint="set output_dir to a folder that can be written") from None
+
+
+def threads_each(num_processes: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // num_processes))
 
 
 def free_port() -> int:
@@ -107,21 +205,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for_end(pids: list[int], seconds: float) -> bool:
-    """True when none of the processes is left within so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(_alive(pid) for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

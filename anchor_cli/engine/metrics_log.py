@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from anchor_cli.words.spec import RunSpec
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+CLOSE_S = 60.0  # how long a tracker may take to send the rest
 
 
 class MetricsLog:
@@ -21,21 +24,19 @@ class MetricsLog:
 
     def __init__(self, folder: Path, keep_bytes: int) -> None:
         self.path = folder / METRICS
-        self._events = folder / EVENTS
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < keep_bytes:
             warn(f"{self.path}: {keep_bytes - size:,} bytes of earlier steps are gone; going on without them")
         with open(self.path, "ab") as file:
             file.truncate(min(size, keep_bytes))
-        self._file = open(self.path, "ab")  # noqa: SIM115 - open as long as the run
+            os.fsync(file.fileno())
+        self._file = Appender(self.path)
+        self._events = Appender(folder / EVENTS)
         self._trackers: list[Any] = []
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file, flushed to the disk: what a checkpoint records."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+    def flushed_bytes(self) -> int:
+        """Size of the file, flushed to the disk: what a checkpoint records. Raises OSError: it cannot be written."""
+        return self._file.flushed_bytes()
 
     def track(self, trackers: list[Any]) -> None:
         self._trackers = trackers
@@ -43,8 +44,7 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """One line, and the same numbers under the same names to every tracker."""
         line = json.dumps({**record, names.TIME: round(time.time(), 3)}, ensure_ascii=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._file.append(line)
         for tracker in list(self._trackers):
             try:
                 tracker.log(record)
@@ -56,16 +56,66 @@ class MetricsLog:
     def event(self, event: str, step: int, **details: Any) -> None:
         """One line of events.jsonl: what happened to the run, and when."""
         line = json.dumps({"time": round(time.time(), 3), "step": step, "event": event, **details}, ensure_ascii=False)
-        with open(self._events, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._events.append(line)
 
     def close(self) -> None:
         self._file.close()
+        self._events.close()
         for tracker in self._trackers:
-            try:
-                tracker.close()
-            except Exception as error:
-                warn(f"{tracker.name} did not end cleanly ({type(error).__name__}: {error})")
+            _close_within(tracker, CLOSE_S)
+
+
+class Appender:
+    """Lines at the end of a file. What a full disk does not take is kept, and written when it takes it again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._waiting = b""
+        self._warned = False
+
+    def append(self, line: str) -> None:
+        self._waiting += line.encode() + b"\n"
+        try:
+            self._drain()
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self.path} could not be written ({error.strerror}); lines are kept in memory and tried again")
+            self._warned = True
+
+    def flushed_bytes(self) -> int:
+        """Size of the file with all lines on the disk. Raises OSError."""
+        self._drain()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._drain()
+        self._file.close()
+
+    def _drain(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
+
+
+def _close_within(tracker: Any, seconds: float) -> None:
+    """Close a tracker; one that raises or hangs costs a warning."""
+    said: list[str] = ["it did not answer"]
+
+    def close() -> None:
+        try:
+            tracker.close()
+            said.clear()
+        except Exception as error:
+            said[0] = f"{type(error).__name__}: {error}"
+
+    thread = threading.Thread(target=close, name=f"close-{tracker.name}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if said:
+        warn(f"{tracker.name} did not end cleanly ({said[0]})")
 
 
 class WandbTracker:

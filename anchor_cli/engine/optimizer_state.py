@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from anchor_cli.words.errors import InputError
@@ -56,6 +56,7 @@ def save_optimizer_state(engine: Any, folder: Path, rank: int, world_size: int) 
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     parameters = parameters_of(engine)
+    problem: str | None = None
     plan = shards([(name, _full_numel(p)) for name, p in parameters.items()])
     for first in range(0, len(plan), world_size):
         mine: dict[str, torch.Tensor] = {}
@@ -64,10 +65,15 @@ def save_optimizer_state(engine: Any, folder: Path, rank: int, world_size: int) 
                 parameter = parameters[name]
                 found = {"fp32": safe_get_full_fp32_param(parameter)}
                 found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                if turn == rank:
+                if turn == rank and problem is None:
                     mine |= {f"{name}.{key}": t.detach().cpu().contiguous().clone() for key, t in found.items()}
         if mine:
-            save_file(mine, folder / shard_name(first + rank, len(plan)), metadata={"format": "pt"})
+            try:
+                save_file(mine, folder / shard_name(first + rank, len(plan)), metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+    if problem is not None:
+        raise OSError(problem)
 
 
 def load_optimizer_state(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:

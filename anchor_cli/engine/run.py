@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.plan import BatchPlan, make_plan
@@ -15,12 +17,14 @@ from anchor_cli.engine import checkpoint as ckpt
 from anchor_cli.engine import setup
 from anchor_cli.engine.deepspeed_engine import Ranks, build_engine, train_step
 from anchor_cli.engine.feed import Feed
-from anchor_cli.engine.optimizer_state import load_optimizer_state
+from anchor_cli.engine.metrics_log import MetricsLog
+from anchor_cli.engine.optimizer_state import load_optimizer_state, save_optimizer_state
+from anchor_cli.engine.watchdog import Watchdog
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import apply_liger, load_backbone
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.words import schedule
-from anchor_cli.words.console import say
+from anchor_cli.words.console import say, warn
 from anchor_cli.words.contract import TextContract
 from anchor_cli.words.ds_config import load_ds_config, resolve_ds_config
 from anchor_cli.words.errors import AnchorError, InputError, RunError
@@ -76,6 +80,18 @@ class Run:
         """Updates after which this run ends."""
         return min(self.total_steps, self.spec.stop_after_n_steps or self.total_steps)
 
+    def updates_before(self, step: int) -> int:
+        """Optimizer updates made before `step`: all steps but the skipped ones."""
+        return step - sum(skipped < step for skipped in self.skipped_steps)
+
+    def skip(self, steps: tuple[int, ...]) -> None:
+        """Make no update at these steps. One that lies before the checkpoint is done already, and said to be."""
+        for step in sorted(set(steps) - self.skipped_steps):
+            if step >= self.settled.first_step:
+                self.skipped_steps.add(step)
+            elif self.ranks.rank == 0:
+                warn(f"--skip-step {step}: nothing to skip, the run continues at step {self.settled.first_step}")
+
     def learning_rate(self, step: int) -> float:
         spec = self.spec
         warmup = schedule.warmup_steps_of(self.total_steps, spec.warmup_steps, spec.warmup_ratio)
@@ -84,23 +100,10 @@ class Run:
         )
 
 
-def settle(spec: RunSpec, ranks: Ranks) -> Settled:
+def settle(spec: RunSpec, ranks: Ranks, watchdog: Watchdog) -> Settled:
     """Rank 0 prepares data and finds the checkpoint to continue from; all ranks get the answer or the same error."""
-    answer: dict[str, Any] = {}
-    if ranks.rank == 0:
-        try:
-            contract = setup.contract_for(spec)
-            data = setup.prepared_data(spec, contract)
-            pairs = setup.open_data(data, contract)
-            spec.run_folder.mkdir(parents=True, exist_ok=True)
-            ckpt.sweep_partials(spec.run_folder)
-            answer = {"data": str(data.absolute()), "contract": contract.model_dump()}
-            answer |= setup.resume_point(spec, pairs.fingerprint)
-        except AnchorError as error:
-            answer = {"error": [error.message, error.hint, error.exit_code]}
-        except OSError as error:
-            answer = {"error": [f"{error.filename or spec.output_dir}: {error.strerror}", "check path and rights", 2]}
-    answer = ranks.broadcast(answer)
+    with watchdog.without_deadline("start-up (data and checkpoint)") if ranks.rank == 0 else nullcontext():
+        answer = ranks.from_first(lambda: _settle_first(spec), lambda: watchdog.phase("start-up", None))
     if "error" in answer:
         message, hint, code = answer["error"]
         raise (InputError if code == 2 else RunError)(message, hint)
@@ -116,13 +119,31 @@ def settle(spec: RunSpec, ranks: Ranks) -> Settled:
     )
 
 
-def open_run(spec: RunSpec, ranks: Ranks, spec_folder: Path) -> Run:
+def _settle_first(spec: RunSpec) -> dict[str, Any]:
+    """Rank 0's part of `settle`, as JSON can say it."""
+    try:
+        ckpt.lock_run(spec.run_folder)
+        contract = setup.contract_for(spec)
+        data = setup.prepared_data(spec, contract)
+        pairs = setup.open_data(data, contract)
+        ckpt.sweep_partials(spec.run_folder)
+        answer = {"data": str(data.absolute()), "contract": contract.model_dump()}
+        return answer | setup.resume_point(spec, pairs.fingerprint)
+    except AnchorError as error:
+        return {"error": [error.message, error.hint, error.exit_code]}
+    except OSError as error:
+        return {"error": [f"{error.filename or spec.output_dir}: {error.strerror}", "check path and rights", 2]}
+
+
+def open_run(
+    spec: RunSpec, ranks: Ranks, spec_folder: Path, skip_steps: tuple[int, ...], watchdog: Watchdog
+) -> Run:
     """Settle, plan, load the model, build the engine and restore the optimizer's state.
 
     Raises:
         InputError: anything of spec, data or checkpoint that cannot work; before the model is loaded where possible.
     """
-    settled = settle(spec, ranks)
+    settled = settle(spec, ranks, watchdog)
     plan = plan_of(spec, settled.pairs, settled.global_batch_size, ranks)
     raw = load_ds_config(spec.deepspeed, spec_folder)
     config = resolve_ds_config(
@@ -146,7 +167,9 @@ def open_run(spec: RunSpec, ranks: Ranks, spec_folder: Path) -> Run:
     feed = Feed(settled.pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
     run = Run(spec, ranks, spec.run_folder, settled, plan, engine, optimizer, feed, kernel, liger)
     if settled.checkpoint is not None and settled.state is not None:
+        watchdog.phase("start-up (optimizer state)", None)
         restore(run, settled.checkpoint, settled.state)
+    run.skip(skip_steps)
     return run
 
 
@@ -155,15 +178,15 @@ def restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
 
     Elastic: nothing in a checkpoint depends on the number of processes.
     """
-    if run.settled.first_step > 0:
+    run.skipped_steps = set(state["skipped_steps"])
+    updates = run.updates_before(run.settled.first_step)
+    if updates:
         one = run.feed.pack(np.array([int(np.argmin(run.plan.row_lengths))]))
         micro_batches = [one.to(run.ranks.device)] * run.plan.num_micro_batches
         train_step(run.engine, micro_batches, d2q_scale=1e-3, q2d_scale=1e-3, learning_rate=0.0)
-        updates = run.settled.first_step - len(state["skipped_steps"])
         load_optimizer_state(run.engine, run.optimizer, checkpoint, updates)
     run.best = state["best"]
     run.evaluated_step = state["evaluated_step"]
-    run.skipped_steps = set(state["skipped_steps"])
     if run.ranks.rank == 0:
         before, now = state["world_size"], run.ranks.world_size
         changed = f", written by {before} processes, going on with {now}" if before != now else ""
@@ -198,51 +221,54 @@ def checkpointing_of(spec: RunSpec, ranks: Ranks) -> bool:
     return spec.gradient_checkpointing is True
 
 
-def save(run: Run, step: int, metrics_bytes: int, wandb_run_id: str | None) -> Path:
+def save(run: Run, step: int, log: MetricsLog | None, wandb_run_id: str | None) -> Path:
     """Write checkpoint-{step}; every rank calls it. It appears whole, by one rename, or not at all.
 
     Raises:
         OSError: on every rank, when any rank could not write; what was written is removed.
     """
-    from anchor_cli.engine.optimizer_state import save_optimizer_state
-
     partial, final = ckpt.partial_folder(run.folder, step), run.folder / f"checkpoint-{step}"
-    problem: str | None = None
-    try:
-        if run.ranks.rank == 0:
-            ckpt.sweep_partials(run.folder)
-            partial.mkdir()
-    except OSError as error:
-        problem = str(error)
-    _agree_on_disk(run, problem)
-    try:
-        ckpt.write_model_files(partial, run.engine, run.spec.model_name_or_path, run.settled.contract)
-    except OSError as error:
-        problem = str(error)
-    _agree_on_disk(run, problem)
-    try:
-        if step > len(run.skipped_steps):
+    metrics_bytes = 0
+
+    def begin() -> None:
+        nonlocal metrics_bytes
+        ckpt.sweep_partials(run.folder)
+        ckpt.require_space(run.folder, checkpoint_bytes(run))
+        partial.mkdir()
+        metrics_bytes = log.flushed_bytes() if log else 0
+
+    def write_model() -> None:
+        source = run.spec.model_name_or_path
+        ckpt.write_model_files(partial, run.engine, source, run.settled.contract)
+
+    def write_optimizer() -> None:
+        if run.updates_before(step):
             save_optimizer_state(run.engine, partial, run.ranks.rank, run.ranks.world_size)
-    except OSError as error:
-        problem = str(error)
-    _agree_on_disk(run, problem)
-    try:
-        if run.ranks.rank == 0:
-            write_json(partial / TRAINING_STATE, training_state(run, step, metrics_bytes, wandb_run_id))
-            ckpt.commit(partial, final)
-    except OSError as error:
-        problem = str(error)
-    _agree_on_disk(run, problem)
+
+    def finish() -> None:
+        write_json(partial / TRAINING_STATE, training_state(run, step, metrics_bytes, wandb_run_id))
+        ckpt.commit(partial, final)
+
+    is_first = run.ranks.rank == 0
+    for part, by_all in ((begin, False), (write_model, True), (write_optimizer, True), (finish, False)):
+        problem: str | None = None
+        try:
+            if by_all or is_first:
+                part()
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        first = run.ranks.first_text(problem)
+        if first:
+            if is_first:
+                ckpt.sweep_partials(run.folder)
+            raise OSError(first)
     return final
 
 
-def _agree_on_disk(run: Run, problem: str | None) -> None:
-    """All ranks go on, or all raise the first rank's trouble and the half-written folder is removed."""
-    first = run.ranks.first_text(problem)
-    if first:
-        if run.ranks.rank == 0:
-            ckpt.sweep_partials(run.folder)
-        raise OSError(first)
+def checkpoint_bytes(run: Run) -> int:
+    """Bytes of one checkpoint of this run."""
+    weights = sum(int(getattr(p, "ds_numel", p.numel())) for p in run.model.parameters())
+    return ckpt.needed_bytes(weights, 2 if run.spec.precision == "bfloat16" else 4, run.spec.model_name_or_path)
 
 
 def training_state(run: Run, step: int, metrics_bytes: int, wandb_run_id: str | None) -> dict[str, Any]:

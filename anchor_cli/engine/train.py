@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
@@ -19,15 +20,15 @@ from anchor_cli.engine.evaluate import evaluate, logged
 from anchor_cli.engine.feed import StepBatches
 from anchor_cli.engine.flops import ModelShape, objective_flops
 from anchor_cli.engine.metrics_log import MetricsLog, start_trackers
-from anchor_cli.engine.run import Run, save
+from anchor_cli.engine.run import Run, checkpoint_bytes, save
 from anchor_cli.engine.signals import StopFlag, stop_agreed
 from anchor_cli.engine.watch import Watch
 from anchor_cli.engine.watchdog import Watchdog
 from anchor_cli.words import metric_names as names
 from anchor_cli.words.console import say, warn
-from anchor_cli.words.errors import RunError, Stopped
+from anchor_cli.words.errors import InputError, RunError, Stopped
 from anchor_cli.words.files import free_bytes, write_json
-from anchor_cli.words.run_folder import RunFolder
+from anchor_cli.words.run_folder import RunFolder, list_checkpoints
 from anchor_cli.words.schedule import interval_steps
 
 
@@ -47,6 +48,7 @@ class Training:
         self.save_every = interval_steps(run.spec.save_steps, run.total_steps)
         self.saved_step: int | None = run.settled.first_step if run.settled.checkpoint else None
         self.tried_step: int | None = self.saved_step
+        self.retry_step: int | None = None  # after a save that failed
         self.log: MetricsLog | None = None
         self.watch = Watch(run, enabled=self.is_first)
         self.benchmarks: list[Benchmark] | None = None
@@ -102,7 +104,8 @@ class Training:
 
     def save_if_due(self, step: int) -> None:
         """Checkpoint every save_steps and at the end. A full disk costs the checkpoint, not the run."""
-        due = (self.save_every and step % self.save_every == 0 and step > 0) or step == self.run.last_step
+        by_plan = self.save_every and step % self.save_every == 0 and step > 0
+        due = by_plan or step in (self.run.last_step, self.retry_step)
         if due and self.saved_step != step and self.tried_step != step:
             self.save(step)
 
@@ -189,9 +192,23 @@ class Training:
             self.log.track(trackers)
             self.log.event("resume" if run.settled.checkpoint else "start", run.settled.first_step,
                            world_size=run.ranks.world_size)  # fmt: skip
-            self.check_disk()
+        self.on_first(self.check_disk)
         self.watch.begin()
+        run.ranks.barrier()
+        self.flag.poll_from_now_on()
         self.restart_window()
+
+    def on_first(self, check: Callable[[], None]) -> None:
+        """Rank 0 checks; what it refuses, all ranks refuse."""
+        refused: InputError | None = None
+        if self.is_first:
+            try:
+                check()
+            except InputError as error:
+                refused = error
+        message = self.run.ranks.first_text(refused.message if refused else None)
+        if message:
+            raise refused or InputError(message)
 
     def end(self) -> None:
         """The last checkpoint must stand: without it the run has failed, and the same command tries again."""
@@ -236,19 +253,20 @@ class Training:
         """True when checkpoint-{step} stands; False when the disk could not hold it (said, and tried again later)."""
         self.watchdog.phase("saving", step)
         self.tried_step = step
-        metrics_bytes = self.log.num_bytes if self.log else 0
         try:
-            folder = save(self.run, step, metrics_bytes, self.wandb_run_id)
+            folder = save(self.run, step, self.log, self.wandb_run_id)
         except OSError as error:
+            self.retry_step = step + max(1, (self.save_every or self.run.total_steps) // 10)
             if self.log:
                 self.log.event("checkpoint_failed", step, reason=str(error))
-                kept = f"checkpoint-{self.saved_step}" if self.saved_step is not None else "no checkpoint"
-                warn(f"checkpoint-{step} could not be written ({error}); {kept} stays, training goes on")
+                kept = f"checkpoint-{self.saved_step} stays" if self.saved_step is not None else "there is none yet"
+                warn(f"checkpoint-{step} could not be written ({error}); {kept}; next try at step {self.retry_step}")
             return False
+        self.retry_step = None
         self.saved_step = step
         if self.log:
             self.log.event("checkpoint", step)
-            ckpt.prune(self.run.folder, self.run.spec.save_total_limit, (self.run.best or {}).get("step"))
+            ckpt.prune(self.run.folder, self.run.spec.save_total_limit)
             self.watch.saved(folder)
         self.restart_window()
         return True
@@ -257,7 +275,8 @@ class Training:
         """What is left of a step that was refused: its rows, in a file and in the message."""
         path = RunFolder(self.run.folder).incident(step)
         if self.log:
-            write_json(path, {"step": step, "reason": error.message, "rows": ready.rows.tolist()})
+            with contextlib.suppress(OSError):  # a full disk is no reason to hide the incident
+                write_json(path, {"step": step, "reason": error.message, "rows": ready.rows.tolist()})
             self.log.event("incident", step, reason=error.message)
             self.log.close()
         self.watch.close()
@@ -267,17 +286,27 @@ class Training:
         )
 
     def check_disk(self) -> None:
-        """Say before the first step when the disk cannot hold the checkpoints that this run will keep."""
+        """Before the first step: room for one checkpoint, and a word when there is none for all this run will keep.
+
+        Raises:
+            InputError: not even one fits.
+        """
         run = self.run
-        weights = sum(int(getattr(p, "ds_numel", p.numel())) for p in run.model.parameters())
-        one = ckpt.needed_bytes(weights, 2 if run.spec.precision == "bfloat16" else 4)
-        planned = 1 + ((run.last_step - run.settled.first_step) // self.save_every if self.save_every else 0)
-        count = min(planned, (run.spec.save_total_limit or planned) + 1)
+        one = checkpoint_bytes(run)
+        done = run.settled.first_step
+        planned = 1 + ((run.last_step - done - 1) // self.save_every if self.save_every else 0)
+        limit = run.spec.save_total_limit
+        count = planned if limit is None else min(planned, max(1, limit + 1 - len(list_checkpoints(run.folder))))
         free = free_bytes(run.folder)
+        if free < one and done < run.last_step:
+            raise InputError(
+                f"{run.folder}: {ckpt.in_units(free)} free, but one checkpoint needs {ckpt.in_units(one)}",
+                hint="free some space, or set output_dir to another disk",
+            )
         if free < count * one:
             warn(
-                f"{run.folder}: {free / 1e9:.1f} GB free, but {count} checkpoints of {one / 1e9:.1f} GB need"
-                f" {count * one / 1e9:.1f} GB; set save_total_limit or free some space"
+                f"{run.folder}: {ckpt.in_units(free)} free, but the {count} checkpoints of {ckpt.in_units(one)} to come"
+                f" need {ckpt.in_units(count * one)}; set save_total_limit or free some space"
             )
 
     def useful_flops(self, ready: StepBatches) -> int:

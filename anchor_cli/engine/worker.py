@@ -3,48 +3,92 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from anchor_cli.engine.launch import LAUNCHED, prepare_run_folder
 from anchor_cli.engine.signals import StopFlag, die_with_parent
+from anchor_cli.engine.watchdog import (
+    LostPeer,
+    Watchdog,
+    forget_failures,
+    lost_peer,
+    note_failure,
+    where_folder,
+    where_ranks_are,
+)
+from anchor_cli.words.errors import AnchorError, Stopped
 from anchor_cli.words.files import write_json
 from anchor_cli.words.spec import RunSpec
 
-LAUNCHED = "ANCHOR_LAUNCHED"  # set by `anchor train` for the workers it starts
 
-
-def work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...] = ()) -> None:
+def work(
+    spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...] = (), flag: StopFlag | None = None
+) -> None:
     """Train as the process that the environment says this is (alone, if it says nothing).
 
+    Args:
+        flag: one that hears signals already; else one of its own does while it works.
     Raises:
         Stopped: a signal came and everything is saved.
     """
-    flag = StopFlag()
-    flag.install()
-    if os.environ.get(LAUNCHED):
-        die_with_parent()
+    if flag is None:
+        flag = StopFlag()
+        flag.install()
+    if launcher := os.environ.get(LAUNCHED):
+        die_with_parent(int(launcher))
+    prepare_run_folder(spec.run_folder)
     from anchor_cli.engine.extension_locks import clear_stale_locks
-    from anchor_cli.engine.watchdog import Watchdog
 
     clear_stale_locks()
-    from anchor_cli.engine.deepspeed_engine import start_processes
+    from anchor_cli.engine.deepspeed_engine import environment_ranks, leave_processes, start_processes
     from anchor_cli.engine.run import open_run
 
-    ranks = start_processes()
-    watchdog = Watchdog(spec.run_folder / "logs" / "where", ranks.rank)
+    rank = (environment_ranks() or (0, 0, 1))[0]
+    watchdog = Watchdog(where_folder(spec.run_folder), rank)
+    if rank == 0 and not launcher:
+        forget_failures(where_folder(spec.run_folder))
     watchdog.start()
-    try:
-        run = open_run(spec, ranks, spec_path.parent)
+    with told_apart(spec, rank, watchdog):
+        ranks = start_processes(2 * watchdog.timeout_s)
+        run = open_run(spec, ranks, spec_path.parent, skip_steps, watchdog)
         from anchor_cli.engine.train import Training
 
-        run.skipped_steps |= set(skip_steps)
         if ranks.rank == 0:
             remember(run.spec, run.folder, run.kernel, run.liger)
         Training(run, flag, watchdog).train()
+    leave_processes()
+    flag.uninstall()
+
+
+@contextmanager
+def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
+    """Leaves word for the launcher of what failed here, and whether it failed here or only followed from elsewhere."""
+    folder = where_folder(spec.run_folder)
+    try:
+        yield
+    except Stopped:
+        raise
+    except AnchorError as error:  # most are agreed on by all ranks; rank 0 tells the person
+        note_failure(folder, rank, error.message, error.hint, followed=rank != 0, said=rank == 0)
+        raise
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")[:300]
+        if not lost_peer(error):
+            note_failure(folder, rank, f"{type(error).__name__}: {first_line}", None, said=rank == 0)
+            raise
+        message = (
+            f"rank {rank} on {socket.gethostname()} lost touch with the others in {watchdog}"
+            f" ({first_line}); all ranks: {where_ranks_are(folder)}"
+        )
+        note_failure(folder, rank, message, None, followed=True, said=False)
+        if os.environ.get(LAUNCHED):
+            raise SystemExit(LostPeer.exit_code) from error  # the launcher tells the first cause
+        raise LostPeer(message, hint="the first error of the rank that is missing is the cause") from error
     finally:
         watchdog.stop()
-    import torch.distributed as dist
-
-    dist.destroy_process_group()
 
 
 def remember(spec: RunSpec, folder: Path, kernel: str, liger: bool) -> None:
