@@ -17,23 +17,22 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
 RUN python3 -m venv /opt/anchor
 ENV PATH=/opt/anchor/bin:$PATH
-# the versions alone first: this layer, gigabytes large, is made anew only when they change
-COPY constraints.txt pyproject.toml README.md LICENSE ./
-COPY anchor_cli/__init__.py anchor_cli/__init__.py
-COPY ds_configs ds_configs
-COPY train_configs train_configs
+# what it needs first, without the program: this layer, gigabytes large, is made anew only when versions change
+COPY constraints.txt pyproject.toml docker/requirements.py ./
 
 FROM builder AS builder-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-        ".[sentence-transformers,tensorboard]"
+RUN python3 requirements.py sentence-transformers tensorboard >requirements.txt \
+    && pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+        --requirement requirements.txt
 
 FROM builder AS builder-cuda
 ARG FLASH_ATTN=build
 ARG FLASH_ATTN_VERSION=2.8.3
 ARG FLASH_ATTN_CUDA_ARCHS=80;90
 ARG MAX_JOBS=4
-RUN pip install --constraint constraints.txt ".[sentence-transformers,tensorboard,liger]"
+RUN python3 requirements.py sentence-transformers tensorboard liger >requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
 # nvcc of the CUDA release that torch was built for, from NVIDIA's own repository; this stage is thrown away.
 # Debian and NVIDIA drop old package versions from their repositories, so pins would break the build within weeks;
 # pip's are in constraints.txt.
@@ -60,6 +59,10 @@ RUN set -eu; case "$FLASH_ATTN" in \
 # hadolint ignore=DL3006
 FROM builder-${VARIANT} AS installed
 WORKDIR /src
+COPY README.md LICENSE ./
+COPY docs/spec.schema.json docs/spec.schema.json
+COPY ds_configs ds_configs
+COPY train_configs train_configs
 COPY anchor_cli anchor_cli
 RUN pip install --no-cache-dir --no-deps . \
     && find /opt/anchor -name __pycache__ -type d -prune -exec rm -rf {} + \

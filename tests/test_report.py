@@ -77,11 +77,12 @@ def test_page_is_whole_self_contained_and_says_it_all(crashed: Path, single_page
     for reference in re.findall(r"url\(#([^)]+)\)", text):
         assert reference in checker.ids
     assert not re.search(r"https?://(?!www\.w3\.org/)", text) and "@import" not in text
-    assert checker.tags.count("svg") == 9 and "script" not in checker.tags
+    assert checker.tags.count("svg") == 12 and "script" not in checker.tags
     shown = "".join(checker.words)
     for title in ("nDCG@10 by evaluation set", "Loss", "Learning rate", "Gradient norm", "Pairs per second",
                   "Tokens per second", "Model FLOPs utilisation", "Peak memory", "Progress on the clock",
-                  "What happened", "Spec", "Environment", "resume", "incident", *BENCHMARKS):  # fmt: skip
+                  "Embedding health", "Query length", "Document length", "Rejected pairs", "1,862,922",
+                  "/data/질문-문서", "What happened", "Spec", "Environment", "resume", "incident", *BENCHMARKS):  # fmt: skip
         assert title in shown, title
     assert "큐레-0.6B" in shown and "주어진 질문에 대해 관련 문서를 검색하세요" in shown
     assert "NVIDIA H100 NVL" in shown and "메모리 부족일 수 있음" in shown
@@ -181,6 +182,23 @@ def test_no_folder_no_run_twice(tmp_path: Path, crashed: Path) -> None:
         write_report([])
 
 
+def test_data_report_is_the_one_trained_on(tmp_path: Path) -> None:
+    """Prepared by `anchor train` below output_dir: found by the fingerprint that the newest checkpoint remembers."""
+    run = make_run(tmp_path / "out" / "x", num_steps=20, crash_at=None, spec={"output_dir": str(tmp_path / "out")})
+    (run / "prepare.json").unlink()
+    assert read_run(run).data is None
+    for name, rows in (("pairs-1", 11), ("pairs-2", 22)):
+        folder = tmp_path / "out" / "prepared" / name
+        folder.mkdir(parents=True)
+        (folder / "prepare.json").write_text(json.dumps({"fingerprint": name, "num_rows": rows}))
+    checkpoint = run / "checkpoint-20"
+    checkpoint.mkdir()
+    (checkpoint / "training_state.json").write_text(json.dumps({"data_fingerprint": "pairs-2", "total_steps": 50}))
+    found = read_run(run)
+    assert found.data is not None and found.data["num_rows"] == 22
+    assert "num_rows" in write_report([run]).read_text(encoding="utf-8")
+
+
 def test_thinning_keeps_every_spike() -> None:
     values = [0.0] * 50_000
     values[12_345], values[40_000] = 9.0, -9.0
@@ -227,7 +245,7 @@ def test_in_a_real_browser(single_page: Path, tmp_path: Path) -> None:
     ).stdout  # fmt: skip
     title = re.search(r"<title>(.*?)</title>", dom)
     assert title is not None
-    assert json.loads(title.group(1)) == {"bad": 0, "svgs": 9, "hangul": 1, "loaded": 0}
+    assert json.loads(title.group(1)) == {"bad": 0, "svgs": 12, "hangul": 1, "loaded": 0}
     picture = tmp_path / "page.png"
     subprocess.run(
         [str(browser()), *flags, "--window-size=1280,3200", f"--screenshot={picture}", f"file://{single_page}"],

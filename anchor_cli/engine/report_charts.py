@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -204,21 +203,35 @@ def _mark_best(axes: Axes, chart: Chart) -> None:
             )  # fmt: skip
 
 
-def histogram(edges: Sequence[float], counts: Sequence[float], colour: str, unit: str, name: str) -> str:
-    """A bar chart of `counts[i]` rows between `edges[i]` and `edges[i + 1]`, as `<svg>`."""
+def bars(bins: Sequence[Sequence[int]], colour: str, unit: str, name: str, mark: float | None = None) -> str:
+    """A bar chart of [from, to, count] bins, as `<svg>`; the last bin is drawn as wide as the first, its start labelled
+    `N+`. `mark` is a line at a value on the axis, as max_seq_length."""
     with _style():
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter
 
-        figure = Figure(figsize=(6.4, 2.3))
+        figure = Figure(figsize=(6.4, 2.5))
         axes = figure.subplots()
-        widths = [right - left for left, right in itertools.pairwise(edges)]
-        axes.bar(edges[:-1], counts, widths, align="edge", color=colour, edgecolor="white", linewidth=0.6)
+        starts = [float(entry[0]) for entry in bins]
+        width = starts[1] - starts[0] if len(starts) > 1 else 1.0
+        is_open = len(bins) > 1 and bins[-1][1] - bins[-1][0] + 1 != width
+        faces = [colour] * (len(bins) - 1) + ([SOFT] if is_open else [colour])
+        counts = [entry[2] for entry in bins]
+        axes.bar(starts, counts, width, align="edge", color=faces, edgecolor="white", linewidth=0.8)
+        every = -(-len(starts) // 8)
+        ticks = starts[:-1:every] if len(starts) > 1 else starts
+        axes.set_xticks([*ticks, starts[-1]] if is_open else ticks)
+        axes.set_xticklabels([f"{tick:,.0f}" for tick in ticks] + ([f"{starts[-1]:,.0f}+"] if is_open else []))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-        axes.set_xlim(edges[0], edges[-1])
+        axes.set_xlim(starts[0], starts[-1] + width)
+        axes.set_ylim(0, 1.14 * max(counts))
+        if mark is not None and starts[0] < mark < starts[-1] + width:
+            axes.axvline(mark, color=INK, linewidth=1.0, linestyle=":")
+            axes.annotate(f"max_seq_length {mark:,.0f}", (mark, 0.97), xycoords=("data", "axes fraction"),
+                          xytext=(4, 0), textcoords="offset points", va="top", fontsize=8, color=INK, bbox=_PLATE)  # fmt: skip
         axes.set_xlabel("tokens")
         axes.set_title(unit, loc="left")
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.88, bottom=0.2)
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.88, bottom=0.19)
         return _svg(figure, name)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from anchor_cli.words import metric_names as names
 from anchor_cli.words.errors import InputError
+from anchor_cli.words.run_folder import TRAINING_STATE, newest_checkpoint
 
 NDCG = "ndcg@10"
 MRR = "mrr@10"
@@ -93,7 +94,10 @@ class RunRecord:
                 value = event.details.get(key)
                 if event.kind in ("start", "resume") and isinstance(value, int):
                     return value
-        return None
+        total = newest_state(self.path).get("total_steps")
+        stop = self.spec.get("stop_after_n_steps")
+        known = [value for value in (total, stop) if isinstance(value, int)]
+        return min(known) if isinstance(total, int) else None
 
     @property
     def state(self) -> str:
@@ -229,16 +233,23 @@ def _events(path: Path) -> list[Event]:
     return events
 
 
+def newest_state(folder: Path) -> dict[str, Any]:
+    """`training_state.json` of the newest checkpoint, empty when there is none."""
+    newest = newest_checkpoint(folder)
+    return _json_file(newest / TRAINING_STATE) if newest else {}
+
+
 def _data_report(folder: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
-    """`prepare.json`: a copy in the run folder, else where the spec's data lies now; None when neither is there."""
-    places = [folder]
-    for key in ("dataset_file_path", "dataset_name"):
-        if isinstance(spec.get(key), str):
-            places.append(Path(spec[key]))
-    for place in places:
-        report = place / "prepare.json"
-        if report.is_file():
-            return _json_file(report)
+    """The data's `prepare.json`: a copy in the run folder, else where the spec's data are, else what `anchor train`
+    prepared below `output_dir`. With a checkpoint it must have the fingerprint that was trained on; None: not found."""
+    fingerprint = newest_state(folder).get("data_fingerprint")
+    source = Path(str(spec.get("dataset_file_path", ""))).expanduser()
+    prepared = Path(str(spec.get("output_dir", ""))).expanduser() / "prepared"
+    made = [] if fingerprint is None else sorted(prepared.glob("*"))
+    for place in (folder, source, *made):
+        report = _json_file(place / "prepare.json")
+        if report and fingerprint in (None, report.get("fingerprint")):
+            return report
     return None
 
 

@@ -62,9 +62,11 @@ summary{cursor:pointer;font-weight:650}
 h2 small.key{margin-left:auto;font-size:13px;font-weight:400;display:flex;gap:14px}
 h2 small.key b{font-weight:600}
 footer{margin-top:36px;color:var(--soft);font-size:12.5px}
+details.panel .panel{border:0;padding:0}
 .halves{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:8px 28px}
 .halves>*{min-width:0}
-@media(max-width:820px){.grid,.halves{grid-template-columns:1fr}main{padding:20px 14px}}
+@media(max-width:820px){.grid,details.panel .panel{border:0;padding:0}
+.halves{grid-template-columns:1fr}main{padding:20px 14px}}
 @media print{body{background:#fff}.panel,.card{break-inside:avoid}}
 """
 

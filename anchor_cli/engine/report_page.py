@@ -38,13 +38,14 @@ def page(runs: Sequence[RunRecord]) -> str:
             for key, title, korean, unit, scale in _PERFORMANCE
         ),
         _clock_panel(runs),
+        _health_panel(runs),
     ]
     body = [
         head(runs, title),
         _section("Retrieval", "검색 성능", "grid", [*scores, _score_table(runs)], _event_key(runs)),
         _section("Training", "학습", "grid", [part for part in curves if part], _event_key(runs)),
         _section("What happened", "사건", "wide", [_events_panel(runs)]),
-        _section("Data", "데이터", "wide", [data_panel(run, single=len(runs) == 1) for run in runs]),
+        _section("Data", "데이터", "wide", [data_panel(run, i, single=len(runs) == 1) for i, run in enumerate(runs)]),
         _section("Spec", "설정", "wide", [_spec_panel(runs)]),
         _section("Environment", "환경", "wide", [_environment_panel(runs)]),
     ]
@@ -179,6 +180,19 @@ def _panel_of(
     if options.get("smooth") and any(len(line.series) > 60 for line in lines):
         note = f"faint: as logged; bold: running {'median' if options.get('log') else 'mean'}"
     return panel(title, korean, render(chart, name), legend(labels), note)
+
+
+def _health_panel(runs: Sequence[RunRecord]) -> str:
+    """Mean cosine of document pairs, over the sets: near 1 means that all texts lie in one direction (collapse)."""
+    lines = []
+    for index, run in enumerate(runs):
+        sets = run.benchmarks if len(runs) == 1 else run.benchmarks[:1]
+        for place, benchmark in enumerate(sets):
+            colour = COLOURS[place % len(COLOURS)] if len(runs) == 1 else run_colour(index)
+            label = benchmark if len(runs) == 1 else f"{run.name}: {benchmark}"
+            lines.append(Line(run.evaluation(benchmark, names.MEAN_COSINE), label, colour))
+    title, unit = "Embedding health", "mean cosine of two documents; 1 is collapse"
+    return _panel_of(lines, runs, title, "임베딩 건강", unit, "health")
 
 
 def _clock_panel(runs: Sequence[RunRecord]) -> str:
