@@ -182,7 +182,7 @@ def test_near_duplicates_only_when_asked(tmp_path: Path, tokenizer_folder: Path)
         ("Where does the otter of the long river valley live today?", document),
         ("Where does the otter of the long river valley live today", document + " Really."),  # nearly the same
         ("Is there anything that an otter would never want to eat?", document),  # another question
-        ("Where does the otter of the long river valley live today?", "Seals live in the sea. " * 20),  # another document
+        ("Where does the otter of the long river valley live today?", "Seals live in the sea. " * 20),  # another
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"query": q, "document": d}) + "\n" for q, d in rows))

@@ -50,6 +50,7 @@ def arrow_file(rows: list[dict[str, Any]], path: Path) -> None:
 def split_files(rows: list[dict[str, Any]], folder: Path) -> None:
     folder.mkdir()
     (folder / "b.jsonl").write_bytes(lines(rows[20:]))
+    (folder / "empty.jsonl").touch()  # as Spark leaves them
     (folder / "a.jsonl").write_bytes(lines(rows[:20]))
 
 

@@ -138,8 +138,8 @@ def _histogram_svg(bins: list[list[int]], colour: str, limit: int) -> str:
         longer = at == len(bins) - 1 and at > 0 and end - begin > bins[0][1] - bins[0][0]
         if at % max(len(bins) // 8, 1) == 0 or longer:
             parts.append(f'<text x="{x + 1:.1f}" y="{height - 8}">{begin:,}{"+" if longer else ""}</text>')
-        if begin <= limit <= end:
-            x += step * (limit - begin) / (end - begin + 1)
+        if begin <= limit <= end or limit < begin == bins[0][0]:
+            x += step * max(limit - begin, 0) / (end - begin + 1)
             parts.append(
                 f'<line x1="{x:.1f}" y1="6" x2="{x:.1f}" y2="{height - bottom}" class="limit"/>'
                 f'<text x="{x + 5:.1f}" y="14" class="limit">max_seq_length {limit:,}</text>'

@@ -143,7 +143,11 @@ def open_source(spec: str, asked: Asked) -> Source:
         if format_of(path) is None:
             known = "expected .jsonl .json .csv .tsv .parquet .arrow, plain, .gz or .zst"
             raise InputError(f"{path}: unknown kind of file", known)
-        files.append(PairFile(str(path), choose_columns(column_names(path), str(path), asked), path))
+        names = column_names(path)
+        if not names and len(paths) > 1:
+            say(f"{path}: empty, passed over")
+            continue
+        files.append(PairFile(str(path), choose_columns(names, str(path), asked), path))
     fingerprint, rows_hint = _look_at(paths)
     return Source(spec, files, fingerprint, rows_hint)
 
