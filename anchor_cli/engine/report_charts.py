@@ -227,8 +227,10 @@ def bars(bins: Sequence[Sequence[int]], colour: str, unit: str, name: str, mark:
         axes.set_ylim(0, 1.14 * max(counts))
         if mark is not None and starts[0] < mark < starts[-1] + width:
             axes.axvline(mark, color=INK, linewidth=1.0, linestyle=":")
-            axes.annotate(f"max_seq_length {mark:,.0f}", (mark, 0.97), xycoords=("data", "axes fraction"),
-                          xytext=(4, 0), textcoords="offset points", va="top", fontsize=8, color=INK, bbox=_PLATE)  # fmt: skip
+            axes.annotate(
+                f"max_seq_length {mark:,.0f}", (mark, 0.97), xycoords=("data", "axes fraction"),
+                xytext=(4, 0), textcoords="offset points", va="top", fontsize=8, color=INK, bbox=_PLATE,
+            )  # fmt: skip
         axes.set_xlabel("tokens")
         axes.set_title(unit, loc="left")
         figure.subplots_adjust(left=0.085, right=0.985, top=0.88, bottom=0.19)
