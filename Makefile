@@ -22,8 +22,10 @@ test: lint  ## lint, types and tests: what continuous integration runs
 demo: $(INSTALLED)  ## the whole path on a laptop CPU
 	$(BIN)/anchor demo
 
-test-all: lint  ## the slow tests, too
+test-all: lint  ## the slow tests and the container image, too
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@if command -v docker >/dev/null || command -v buildah >/dev/null; then bash docker/test-image.sh; \
+	else echo "neither docker nor buildah is here: the image is not tested"; fi
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
