@@ -27,6 +27,9 @@ from anchor_cli.words.errors import InputError
 SEPARATOR = "!@#$%^&*()"
 """Marks in a training record where content begins; it never reaches the tokenizer."""
 
+BASE_TOKENIZER = "base_tokenizer"
+"""Folder of an export with the tokenizer as it was in training; the export's own one closes texts for other tools."""
+
 Int32Array = npt.NDArray[np.int32]
 
 _HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
@@ -62,6 +65,12 @@ def language_of(text: str) -> str:
     return "ko" if hangul_share(text) >= _HANGUL_SHARE_OF_KOREAN else "en"
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model folder lies: `base_tokenizer/` of an export, else the folder itself."""
+    base = folder / BASE_TOKENIZER
+    return base if (base / "tokenizer.json").is_file() else folder
+
+
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The tokenizer of a folder, a `tokenizer.json` file or a Hub id, without truncation, padding, post-processor.
 
@@ -70,7 +79,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     """
     path = Path(model)
     if path.is_dir():
-        path = path / "tokenizer.json"
+        path = tokenizer_folder(path) / "tokenizer.json"
         if not path.is_file():
             remedy = "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…) writes one"
             raise InputError(f"{path}: not found", remedy)
