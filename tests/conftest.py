@@ -63,7 +63,7 @@ def save_random_qwen3(folder: Path, *, vocab_size: int, eos_token_id: int, hidde
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         eos_token_id=eos_token_id,
         bos_token_id=None,
-        pad_token_id=eos_token_id,
+        pad_token_id=None,  # as in the real config; a pad row would start as zeros and make gradients explode
     )
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
