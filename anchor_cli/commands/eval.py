@@ -16,24 +16,32 @@ from anchor_cli.words.errors import InputError
 def eval(  # noqa: A001 - the command's name
     checkpoints: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CHECKPOINT]...", help="Paths, names such as checkpoint-2000, or Hub ids."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Paths, names such as checkpoint-2000, or Hub ids; by default the newest of the last run.",
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[LANG:]NAME_OR_DIR",
-            help="nanobeir, nanobeir:ko, nanobeir:en/NanoNQ, nanobeir:all, a BEIR folder, a snapshot. "
-            "[default: nanobeir]",
+            help="nanobeir, nanobeir:ko, nanobeir:en/NanoNQ, nanobeir:all, a BEIR folder, a snapshot; "
+            "may be repeated. By default nanobeir: the four sets of KURE.",
         ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="ndcg@K, mrr@K, recall@K or map@K. [default: ndcg@10, mrr@10]")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME@K", help="ndcg, mrr, recall or map; may be repeated. By default ndcg@10 and mrr@10."
+        ),
     ] = None,
-    baseline: Annotated[str | None, typer.Option(help="Add a row to compare with: bm25.")] = None,
-    queries: Annotated[int, typer.Option(min=0, help="Show the N worst queries with what was found instead.")] = 0,
+    baseline: Annotated[str | None, typer.Option(metavar="NAME", help="Add a row to compare with: bm25.")] = None,
+    queries: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Show the N worst queries with what was found instead.")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for TREC run files and per-query CSV.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens encoded at once.")] = 16384,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     details: Annotated[
         bool, typer.Option("--details", help="Intervals, sizes and embedding health in the JSON.")
     ] = False,
