@@ -24,8 +24,9 @@ def train(
 ) -> None:
     """Train: validated spec -> DeepSpeed ZeRO-2 bf16 on all local GPUs (or the CPU).
 
-    Run again, the same command continues from the newest whole checkpoint. Under torchrun, deepspeed or SLURM it is a
-    worker. SIGTERM, Ctrl-C and SIGUSR1 finish the step, save and exit with 75; a second Ctrl-C ends at once.
+    Run again, the same command continues from the newest whole checkpoint. Under torchrun, deepspeed or srun it is a
+    worker; where RANK and WORLD_SIZE count nodes (Kubernetes) it starts the workers of its node. SIGTERM, Ctrl-C and
+    SIGUSR1 finish the step, save and exit with 75; a second Ctrl-C ends at once.
     """
     import os
 
@@ -33,16 +34,15 @@ def train(
 
     flag = StopFlag()
     flag.install()  # first of all: a signal is heard from here on
+    from anchor_cli.engine.launch import LAUNCHED, as_node, environment_ranks, launch
     from anchor_cli.words.spec import load_spec
 
-    quiet = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0" or "ANCHOR_LAUNCHED" in os.environ
-    resolved = load_spec(spec, overrides, announce=not quiet)
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+    ranks, node = environment_ranks(), as_node()
+    resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
+    if ranks is None or node is not None:
         processes = nproc_per_node or local_gpus()
         if processes > 1:
-            from anchor_cli.engine.launch import launch
-
-            launch(sys.argv[1:], processes, resolved.run_folder)
+            launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
             return
     from anchor_cli.engine.worker import work
 

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from anchor_cli.engine.deepspeed_versions import TESTED, refused_deepspeed
+from anchor_cli.engine.launch import complete_rendezvous, environment_ranks
 from anchor_cli.model.packed import PairBatch
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.words.errors import InputError, RunError
@@ -101,23 +101,14 @@ def _beat(group: dist.ProcessGroup | None, value: int) -> bool:
     return bool(beat.item())
 
 
-def environment_ranks() -> tuple[int, int, int] | None:
-    """(rank, local rank, world size) from torchrun's, DeepSpeed's or SLURM's environment; None: started by hand."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
-    return None
-
-
 def start_processes(timeout_s: float = 1800.0) -> Ranks:
     """Join the process group: NCCL on CUDA, gloo on CPU. Silences DeepSpeed's start-up chatter."""
     rank, local_rank, world_size = environment_ranks() or (0, 0, 1)
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    _complete_environment(rank, local_rank, world_size)
+    complete_rendezvous()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     with quiet_deepspeed() as deepspeed:
         if not cuda:
             # The shm all-reduce op would be compiled at first use (20-100 s, needs a compiler, and a build killed
@@ -140,26 +131,6 @@ def start_processes(timeout_s: float = 1800.0) -> Ranks:
 def leave_processes() -> None:
     """Leave the process group in good order, at the end of a run."""
     dist.destroy_process_group()
-
-
-def _complete_environment(rank: int, local_rank: int, world_size: int) -> None:
-    """Fill in the rendezvous variables that SLURM or a start by hand leave out."""
-    env = os.environ
-    if world_size == 1 and "MASTER_PORT" not in env:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            env["MASTER_PORT"] = str(probe.getsockname()[1])
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-    elif "MASTER_ADDR" not in env:
-        address = env.get("SLURM_LAUNCH_NODE_IPADDR")
-        if address is None:
-            raise InputError(
-                "MASTER_ADDR is not set, so the processes cannot find each other",
-                hint="export MASTER_ADDR (host of rank 0) and MASTER_PORT before srun",
-            )
-        env["MASTER_ADDR"] = address
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-    env.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
 
 
 @contextlib.contextmanager

@@ -42,13 +42,14 @@ class Ended:
 class Workers:
     """The local processes of a run."""
 
-    def __init__(self, arguments: list[str], num_processes: int, run_folder: Path) -> None:
+    def __init__(self, arguments: list[str], num_processes: int, run_folder: Path, node: tuple[int, int]) -> None:
         self.run_folder = run_folder
         self.signals: list[int] = []
         self._first_signal_s = 0.0
         self._logs: list[IO[bytes]] = []
         self._arguments = arguments
         self._num = num_processes
+        self._node, self._num_nodes = node
         self._processes: list[subprocess.Popen[bytes]] = []
         for number in STOP_SIGNALS:
             signal.signal(number, self._pass_on)
@@ -56,18 +57,22 @@ class Workers:
 
     def start(self) -> None:
         """Rank 0 talks to this terminal; what the others write is kept in `logs/rank-N.log`."""
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self._num),
-                  "LOCAL_WORLD_SIZE": str(self._num), LAUNCHED: str(os.getpid())}  # fmt: skip
+        common = {"WORLD_SIZE": str(self._num_nodes * self._num), "LOCAL_WORLD_SIZE": str(self._num),
+                  LAUNCHED: str(os.getpid())}  # fmt: skip
+        if self._num_nodes == 1:
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        else:
+            complete_rendezvous()
         common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads_each(self._num))
-        for rank in range(self._num):
-            out = None
+        for local_rank in range(self._num):
+            rank, out = self._node * self._num + local_rank, None
             if rank:
                 out = open(self.run_folder / "logs" / f"rank-{rank}.log", "ab")  # noqa: SIM115 - open as long as it runs
                 self._logs.append(out)
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "anchor_cli", *self._arguments],
-                    env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT if out else None,
@@ -80,7 +85,7 @@ class Workers:
     def ended(self) -> list[Ended]:
         """Those that have ended by now."""
         found = []
-        for rank, process in enumerate(self._processes):
+        for rank, process in enumerate(self._processes, start=self._node * self._num):
             code = process.poll()
             if code is not None:
                 found.append(Ended(rank, process.pid, code, failure_of(where_folder(self.run_folder), rank)))
@@ -129,17 +134,20 @@ class Workers:
                 kill(process.pid, number)
 
 
-def launch(arguments: list[str], num_processes: int, run_folder: Path) -> None:
+def launch(arguments: list[str], num_processes: int, run_folder: Path, node: tuple[int, int] = (0, 1)) -> None:
     """Run `anchor {arguments}` in `num_processes` local workers and wait for them.
+
+    `node`: rank and count of nodes; every node runs this, with MASTER_ADDR and MASTER_PORT set.
 
     Raises:
         Stopped: the workers saved after a signal.
         RunError: a worker failed; the first cause is named, not what followed from it.
         SystemExit: the same exit code as rank 0, which has said why.
     """
-    workers = Workers(arguments, num_processes, run_folder)
+    workers = Workers(arguments, num_processes, run_folder, node)
     prepare_run_folder(run_folder)
-    forget_failures(where_folder(run_folder))
+    if node[0] == 0:
+        forget_failures(where_folder(run_folder))
     try:
         workers.start()
         ended = workers.wait()
@@ -182,6 +190,53 @@ def is_cause(end: Ended) -> bool:
     if end.code in (0, Stopped.exit_code):
         return False
     return end.failure is None or not end.failure.followed
+
+
+def environment_ranks() -> tuple[int, int, int] | None:
+    """(rank, local rank, world size) from torchrun's, DeepSpeed's or SLURM's environment; None: started by hand."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
+    return None
+
+
+def complete_rendezvous() -> None:
+    """Fill in MASTER_ADDR and MASTER_PORT where SLURM or a start by hand leave them out.
+
+    Raises:
+        InputError: several processes and nothing says where they meet.
+    """
+    env = os.environ
+    ranks = environment_ranks()
+    if ranks is None or ranks[2] == 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(free_port()))
+        return
+    address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
+    if not address:
+        raise InputError(
+            "MASTER_ADDR is not set, so the processes cannot find each other",
+            hint="export MASTER_ADDR (host of rank 0) and MASTER_PORT (one that is free there) before srun",
+        )
+    env["MASTER_ADDR"] = address
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def as_node() -> tuple[int, int] | None:
+    """(rank, count) of this node where the environment counts nodes and not processes; else None.
+
+    Kubernetes' PyTorchJob and the like set RANK and WORLD_SIZE for each pod and no LOCAL_RANK; SLURM may be asked for
+    one task a node. Such a process starts the workers of its node, if it has several GPUs or is told a number.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return None if "LOCAL_RANK" in env else (int(env["RANK"]), int(env["WORLD_SIZE"]))
+    ranks = environment_ranks()
+    if ranks is not None and env.get("SLURM_NNODES", env.get("SLURM_JOB_NUM_NODES")) == str(ranks[2]):
+        return ranks[0], ranks[2]
+    return None
 
 
 def prepare_run_folder(run_folder: Path) -> None:

@@ -92,7 +92,10 @@ def _give_signals_back() -> None:
 
 
 def leave(code: int) -> None:
-    """End this process now, its children first: nothing is left behind."""
+    """End this process now, its children first: nothing is left behind, and the terminal is as it was."""
+    from anchor_cli.engine.rank_log import give_back
+
+    give_back()
     sys.stderr.flush()
     for pid in children(os.getpid()):
         kill(pid, signal.SIGKILL)

@@ -1,19 +1,27 @@
-"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere (and, either way, in rank 0's log)."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchor_cli.engine.hardware import gpu_of_device_name
+from anchor_cli.engine.panel import State, clock
+from anchor_cli.engine.rank_log import before_giving_back, log_only
 from anchor_cli.words import metric_names as names
-from anchor_cli.words.console import console, say
+from anchor_cli.words.console import say, screen
+from anchor_cli.words.run_folder import RunFolder, checkpoint_step, read_json_lines
 
 if TYPE_CHECKING:
+    from rich.live import Live
+
     from anchor_cli.engine.run import Run
 
 _PLAIN_LINE_EVERY_S = 10.0
+_REDRAWS_PER_S = 2.0
+_PACE_RECORDS = 100  # logged records over which the pace of the ETA is taken, evaluations and saves included
 
 
 class Watch:
@@ -24,55 +32,99 @@ class Watch:
 
         self._run = run
         self._enabled = enabled
-        self._start = time.monotonic()
         self._last_line = 0.0
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_RECORDS)  # (monotonic time, step)
+        self._live: Live | None = None
         cuda = run.ranks.device.type == "cuda"
-        gpu = gpu_of_device_name(torch.cuda.get_device_name(run.ranks.device)) if cuda else None
+        self._device = torch.cuda.get_device_name(run.ranks.device) if cuda else "cpu"
+        gpu = gpu_of_device_name(self._device) if cuda else None
         self.peak_flops = gpu.bf16_tflops * 1e12 if gpu else None
+        total = torch.cuda.get_device_properties(run.ranks.device).total_memory / 1e9 if cuda else None
+        self._state = State("", "", run.settled.first_step, run.last_step, total_memory_gb=total)
 
     def begin(self) -> None:
+        """Say what will be done, and show the panel where there is a terminal."""
         if not self._enabled:
             return
-        run = self._run
-        plan = run.plan
-        say(
-            f"{run.folder}: steps {run.settled.first_step}..{run.last_step} of {run.total_steps},"
-            f" {plan.num_rows:,} rows, {plan.global_batch_size} pairs a step"
+        run, plan = self._run, self._run.plan
+        what = (
+            f"{plan.num_rows:,} rows, {plan.global_batch_size} pairs a step"
             f" in {run.ranks.world_size} x {plan.num_micro_batches} micro-batches,"
-            f" {run.spec.precision}, attention {run.kernel}{', Liger' if run.liger else ''}, {run.ranks.device.type}"
+            f" {run.spec.precision}, attention {run.kernel}{', Liger' if run.liger else ''}, {self._device}"
         )
-        self._start = time.monotonic()
+        first = run.settled.first_step
+        self._pace.append((time.monotonic(), first))
+        self._state.start_s = time.monotonic()
+        self._state.title = f" {run.folder.name} "
+        self._state.subtitle = f" {what} "
+        if not screen().is_terminal:
+            say(f"{run.folder}: steps {first}..{run.last_step} of {run.total_steps}, {what}")
+            return
+        log_only(f"{run.folder}: steps {first}..{run.last_step} of {run.total_steps}, {what}")
+        self._remember()
+        self._show()
 
     def logged(self, record: dict[str, Any]) -> None:
-        now = time.monotonic()
-        done = record[names.STEP]
-        last = done == self._run.last_step
-        if not console().is_terminal and now - self._last_line < _PLAIN_LINE_EVERY_S and not last and done > 1:
+        """A line of metrics.jsonl was written."""
+        now, done = time.monotonic(), int(record[names.STEP])
+        self._pace.append((now, done))
+        (before, since) = self._pace[0]
+        self._state.learn(record)
+        self._state.eta_s = (now - before) / max(1, done - since) * (self._run.last_step - done)
+        if now - self._last_line < _PLAIN_LINE_EVERY_S and done != self._run.last_step and self._last_line:
             return
         self._last_line = now
-        first = self._run.settled.first_step
-        left = (now - self._start) / max(1, done - first) * (self._run.last_step - done)
-        say(
-            f"step {done}/{self._run.last_step}  loss {record[names.LOSS]:.4f} (d2q {record[names.D2Q_LOSS]:.4f},"
-            f" q2d {record[names.Q2D_LOSS]:.4f})  lr {record[names.LEARNING_RATE]:.2e}"
-            f"  norm {record[names.GRAD_NORM]:.3f}"
-            f"  {record[names.PAIRS_PER_S]:,.1f} pairs/s  {record[names.TOKENS_PER_S]:,.0f} tokens/s  ETA {clock(left)}"
-        )
+        (log_only if self._live else say)(plain_line(record, self._run.last_step, self._state.eta_s))
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Retrieval was measured."""
+        self._state.learn({names.STEP: step, **scores})
         best = self._run.best or {}
         mark = " (best)" if best.get("step") == step else ""
         say(f"evaluation at step {step}: nDCG@10 {scores.get(names.EVAL_AVG_NDCG_10, float('nan')):.4f}{mark}")
 
     def saved(self, folder: Path) -> None:
+        """A checkpoint stands."""
+        self._state.checkpoint, self._state.checkpoint_s = folder.name, time.monotonic()
         say(f"saved {folder}")
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Leave the panel as it is and give the terminal back."""
+        live, self._live = self._live, None
+        if live:
+            live.stop()
+
+    def _show(self) -> None:
+        from rich.live import Live
+
+        self._live = Live(
+            self._state,
+            console=screen(),
+            refresh_per_second=_REDRAWS_PER_S,
+            redirect_stdout=False,  # what others write comes through rank_log and is printed above
+            redirect_stderr=False,
+        )
+        before_giving_back(self.close)
+        self._live.start(refresh=True)
+        # The cursor stays visible, so that a process killed by SIGKILL, too, leaves the terminal as it was.
+        screen().show_cursor(True)
+
+    def _remember(self) -> None:
+        """What earlier parts of a resumed run left: curves, scores, the last checkpoint."""
+        for record in read_json_lines(RunFolder(self._run.folder).metrics):
+            self._state.learn(record)
+        checkpoint = self._run.settled.checkpoint
+        if checkpoint is not None and checkpoint_step(checkpoint) is not None:
+            self._state.checkpoint, self._state.checkpoint_s = checkpoint.name, time.monotonic()
 
 
-def clock(seconds: float) -> str:
-    """`1:02:03`, `2:03`."""
-    minutes, seconds_left = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
+def plain_line(record: dict[str, Any], last_step: int, eta_s: float) -> str:
+    """One logged step as a line for logs and pipes."""
+    mfu = f"  MFU {record[names.MFU]:.1%}" if names.MFU in record else ""
+    return (
+        f"step {record[names.STEP]}/{last_step}  epoch {record[names.EPOCH]:.2f}"
+        f"  loss {record[names.LOSS]:.4f} (d2q {record[names.D2Q_LOSS]:.4f}, q2d {record[names.Q2D_LOSS]:.4f})"
+        f"  lr {record[names.LEARNING_RATE]:.2e}  norm {record[names.GRAD_NORM]:.3f}"
+        f"  {record[names.PAIRS_PER_S]:,.1f} pairs/s  {record[names.TOKENS_PER_S]:,.0f} tokens/s{mfu}"
+        f"  {record[names.PEAK_MEMORY_GB]:.1f} GB  ETA {clock(eta_s)}"
+    )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anchor_cli.engine.launch import LAUNCHED, prepare_run_folder
+from anchor_cli.engine.launch import LAUNCHED, environment_ranks, prepare_run_folder
+from anchor_cli.engine.rank_log import rank_log
 from anchor_cli.engine.signals import StopFlag, die_with_parent
 from anchor_cli.engine.watchdog import (
     LostPeer,
     Watchdog,
+    failure_of,
     forget_failures,
     lost_peer,
     note_failure,
@@ -22,6 +25,9 @@ from anchor_cli.engine.watchdog import (
 from anchor_cli.words.errors import AnchorError, Stopped
 from anchor_cli.words.files import write_json
 from anchor_cli.words.spec import RunSpec
+
+FOREIGN_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # set by torchrun and by DeepSpeed for their workers
+_RANK_0_SPEAKS_S = 0.5
 
 
 def work(
@@ -37,18 +43,24 @@ def work(
     if flag is None:
         flag = StopFlag()
         flag.install()
-    if launcher := os.environ.get(LAUNCHED):
-        die_with_parent(int(launcher))
+    launcher, rank = os.environ.get(LAUNCHED), (environment_ranks() or (0, 0, 1))[0]
+    if launcher or FOREIGN_LAUNCHERS & os.environ.keys():
+        die_with_parent(int(launcher or os.getppid()))
     prepare_run_folder(spec.run_folder)
+    with quiet_if_said(spec, rank), rank_log(spec.run_folder / "logs", rank, redirected=bool(launcher)):
+        _work(spec, spec_path, skip_steps, flag, rank)
+    flag.uninstall()
+
+
+def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag, rank: int) -> None:
     from anchor_cli.engine.extension_locks import clear_stale_locks
 
     clear_stale_locks()
-    from anchor_cli.engine.deepspeed_engine import environment_ranks, leave_processes, start_processes
+    from anchor_cli.engine.deepspeed_engine import leave_processes, start_processes
     from anchor_cli.engine.run import open_run
 
-    rank = (environment_ranks() or (0, 0, 1))[0]
     watchdog = Watchdog(where_folder(spec.run_folder), rank)
-    if rank == 0 and not launcher:
+    if rank == 0 and LAUNCHED not in os.environ:
         forget_failures(where_folder(spec.run_folder))
     watchdog.start()
     with told_apart(spec, rank, watchdog):
@@ -60,7 +72,23 @@ def work(
             remember(run.spec, run.folder, run.kernel, run.liger)
         Training(run, flag, watchdog).train()
     leave_processes()
-    flag.uninstall()
+
+
+@contextmanager
+def quiet_if_said(spec: RunSpec, rank: int) -> Iterator[None]:
+    """Rank 0 alone talks to the terminal: what it says of an end, the others do not repeat (it is in their logs)."""
+    try:
+        yield
+    except AnchorError as error:
+        if rank == 0 or LAUNCHED in os.environ:
+            raise
+        time.sleep(_RANK_0_SPEAKS_S)
+        first = failure_of(where_folder(spec.run_folder), 0)
+        said = isinstance(error, Stopped | LostPeer) or (first is not None and first.message == error.message)
+        if said:
+            raise SystemExit(error.exit_code) from None
+        error.message = f"rank {rank} on {socket.gethostname()}: {error.message}"
+        raise
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,22 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+_screen: Console | None = None
+
+
+def screen() -> Console:
+    """Where bars and panels are drawn: the terminal itself while stderr goes into a log, else where `say` speaks."""
+    return _screen or console()
+
+
+def draw_on(terminal: IO[str] | None) -> None:
+    """From now on bars and panels are drawn on `terminal`, whatever stderr is; None: on stderr again."""
+    global _screen
+    from rich.console import Console
+
+    _screen = None if terminal is None else Console(file=terminal, highlight=False, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
@@ -51,7 +67,7 @@ def progress(description: str, total: float | None = None, unit: str = "rows") -
 
     A bar on a terminal; otherwise a plain line about every 10 s, and nothing at all for work shorter than that.
     """
-    out = console()
+    out = screen()
     if not out.is_terminal:
         yield _PlainProgress(description, total, unit)
         return
