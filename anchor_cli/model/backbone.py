@@ -42,7 +42,7 @@ def load_backbone(
     model.config.use_cache = False
     # A config that names a pad token (often [EOS]) makes stock models drop the gradient of its embedding row. There
     # is no padding here, and [EOS] must learn.
-    model.get_input_embeddings().padding_idx = None
+    model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
