@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -80,7 +81,7 @@ class State:
     checkpoint_s: float = 0.0  # monotonic time at which it was saved
     start_s: float = field(default_factory=time.monotonic)
     eta_s: float | None = None
-    notice: str | None = None
+    notice: Callable[[], str | None] = lambda: None  # what goes on out of the ordinary, shown below
 
     def learn(self, record: dict[str, float]) -> None:
         """Take in a line of metrics.jsonl: of training, or of an evaluation."""
@@ -96,14 +97,23 @@ class State:
                 self.best_score = self.last_score
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        notice = self.notice()
         yield Panel(
             _body(self, options.max_width - 4),
-            title=Text(self.title, style="bold", overflow="ellipsis", no_wrap=True),
-            subtitle=Text(self.notice or self.subtitle, style="yellow" if self.notice else _NAME),
+            title=_cut(self.title, options.max_width - 6, "bold"),
+            subtitle=_cut(notice or self.subtitle, options.max_width - 6, "yellow" if notice else _NAME),
             title_align="left",
             subtitle_align="left",
-            border_style="yellow" if self.notice else "cyan",
+            border_style="yellow" if notice else "cyan",
         )
+        yield Text("")  # where the terminal echoes ^C, so that it does not push the panel out of place
+
+
+def _cut(text: str, width: int, style: str) -> Text:
+    """One line, never wider than the frame; `…` shows that it was."""
+    line = Text(f" {text} ", style=style)
+    line.truncate(width, overflow="ellipsis")
+    return line
 
 
 def _body(state: State, width: int) -> Table:

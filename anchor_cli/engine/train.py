@@ -50,7 +50,7 @@ class Training:
         self.tried_step: int | None = self.saved_step
         self.retry_step: int | None = None  # after a save that failed
         self.log: MetricsLog | None = None
-        self.watch = Watch(run, enabled=self.is_first)
+        self.watch = Watch(run, enabled=self.is_first, flag=flag)
         self.benchmarks: list[Benchmark] | None = None
         self.embedder: PackedEmbedder | None = None
         self.window_start, self.window_tokens, self.window_pairs, self.window_flops = time.monotonic(), 0, 0, 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from anchor_cli.engine.run import Run
+    from anchor_cli.engine.signals import StopFlag
 
 _PLAIN_LINE_EVERY_S = 10.0
 _REDRAWS_PER_S = 2.0
@@ -27,7 +28,7 @@ _PACE_RECORDS = 100  # logged records over which the pace of the ETA is taken, e
 class Watch:
     """Rank 0's voice. The other ranks have one too and never use it."""
 
-    def __init__(self, run: Run, *, enabled: bool) -> None:
+    def __init__(self, run: Run, *, enabled: bool, flag: StopFlag | None = None) -> None:
         import torch
 
         self._run = run
@@ -41,6 +42,8 @@ class Watch:
         self.peak_flops = gpu.bf16_tflops * 1e12 if gpu else None
         total = torch.cuda.get_device_properties(run.ranks.device).total_memory / 1e9 if cuda else None
         self._state = State("", "", run.settled.first_step, run.last_step, total_memory_gb=total)
+        if flag is not None:
+            self._state.notice = lambda: stopping(flag.signal_name)
 
     def begin(self) -> None:
         """Say what will be done, and show the panel where there is a terminal."""
@@ -48,15 +51,15 @@ class Watch:
             return
         run, plan = self._run, self._run.plan
         what = (
-            f"{plan.num_rows:,} rows, {plan.global_batch_size} pairs a step"
-            f" in {run.ranks.world_size} x {plan.num_micro_batches} micro-batches,"
-            f" {run.spec.precision}, attention {run.kernel}{', Liger' if run.liger else ''}, {self._device}"
+            f"{run.ranks.world_size} x {self._device}, {run.spec.precision},"
+            f" attention {run.kernel}{', Liger' if run.liger else ''}, {plan.global_batch_size} pairs a step"
+            f" in {run.ranks.world_size} x {plan.num_micro_batches} micro-batches, {plan.num_rows:,} rows"
         )
         first = run.settled.first_step
         self._pace.append((time.monotonic(), first))
         self._state.start_s = time.monotonic()
-        self._state.title = f" {run.folder.name} "
-        self._state.subtitle = f" {what} "
+        self._state.title = run.folder.name
+        self._state.subtitle = what
         if not screen().is_terminal:
             say(f"{run.folder}: steps {first}..{run.last_step} of {run.total_steps}, {what}")
             return
@@ -116,6 +119,15 @@ class Watch:
         checkpoint = self._run.settled.checkpoint
         if checkpoint is not None and checkpoint_step(checkpoint) is not None:
             self._state.checkpoint, self._state.checkpoint_s = checkpoint.name, time.monotonic()
+
+
+def stopping(signal_name: str | None) -> str | None:
+    """What the panel says once a stop was asked for."""
+    if signal_name is None:
+        return None
+    return f"{signal_name}: finishing this step, then saving" + (
+        "; Ctrl-C again ends at once, unsaved" if signal_name == "SIGINT" else ""
+    )
 
 
 def plain_line(record: dict[str, Any], last_step: int, eta_s: float) -> str:
