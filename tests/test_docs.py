@@ -48,9 +48,7 @@ def test_commands_parse(page: Path) -> None:
             continue
         name, rest = arguments[0], [word for word in arguments[1:] if word not in ("…", "|")]
         assert name in known, f"{page.name}: anchor {' '.join(arguments)}"
-        command = group.commands.get(name)
-        if command is None:
-            continue  # an announced command that is not built yet: test_cli names those
+        command = group.get_command(None, name)
         try:
             command.make_context(f"anchor {name}", rest, resilient_parsing=False)
         except Exception as error:

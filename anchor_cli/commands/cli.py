@@ -7,33 +7,76 @@ typer, the standard library and floor 0 at its top, so that `--help` costs nothi
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from anchor_cli import __version__
 from anchor_cli.words.errors import AnchorError, nearest
 
 COMMANDS = {
-    "Start": ("demo", "doctor", "init"),
-    "Prepare": ("prepare", "spec", "plan"),
-    "Train": ("train", "report"),
-    "Use": ("eval", "export"),
+    "Start": {
+        "demo": "the whole path on a small made-up world, some minutes on a CPU",
+        "doctor": "check this host: versions, GPUs, kernels, disk, network",
+        "init": "write a spec to start from",
+    },
+    "Prepare": {
+        "prepare": "pairs from anywhere -> a checked, tokenised training set",
+        "spec": "check a spec and say where each value comes from",
+        "plan": "what a run will do: steps, tokens, memory, time, disk",
+    },
+    "Train": {
+        "train": "train on all local GPUs or the CPU; the same command resumes",
+        "report": "a run's curves and scores as one HTML page",
+        "checkpoints": "list, verify or prune the checkpoints of a run",
+        "verify-resume": "prove on this host that resuming is exact",
+        "replay": "run one step again and name the rows that broke it",
+    },
+    "Use": {
+        "eval": "nDCG@10 and MRR@10 on NanoBEIR or any BEIR folder",
+        "export": "a checkpoint -> a folder that Stage II starts from",
+    },
 }
-"""Headings of `anchor --help` and the commands below them."""
+"""Headings of `anchor --help`, the commands below them and what each is for, in a few words."""
+
+
+class _InOrderOfUse(TyperGroup):
+    """Imports only the command that is run, and writes its help in plain text.
+
+    Rich's panels and the imports of every command would each cost as much again as everything else in `--help`
+    (measured: benchmarks/startup.py).
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for names in COMMANDS.values() for name in names]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        if name not in self.list_commands(ctx):
+            return None
+        function = name.replace("-", "_")
+        only = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        only.command(name)(getattr(importlib.import_module(f"anchor_cli.commands.{function}"), function))
+        return typer.main.get_command(only)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for heading, commands in COMMANDS.items():
+            with formatter.section(heading):
+                formatter.write_dl(list(commands.items()))
+
 
 app = typer.Typer(
     name="anchor",
+    cls=_InOrderOfUse,
     help="Train text-embedding language models with Stage I of Anchor Embedding (arXiv 2509.03020).",
     epilog="Exit codes: 0 done, 1 failed while running, 2 wrong usage, spec or input, 75 stopped after saving. "
     "ANCHOR_DEBUG=1 shows tracebacks.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 
 
@@ -52,14 +95,6 @@ def _anchor(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
-
-
-for _panel, _names in COMMANDS.items():
-    for _name in _names:
-        _module = f"anchor_cli.commands.{_name}"
-        if importlib.util.find_spec(_module) is None:
-            continue
-        app.command(_name, rich_help_panel=_panel)(getattr(importlib.import_module(_module), _name))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -28,8 +28,7 @@ def page() -> str:
     for heading, names in COMMANDS.items():
         lines += ["", f"## {heading}"]
         for name in names:
-            if name in group.commands:
-                lines += ["", *_command(name, group.commands[name])]
+            lines += ["", *_command(name, group.get_command(None, name))]
     return "\n".join(lines) + "\n"
 
 
