@@ -89,17 +89,9 @@ def test_total_is_the_sum_of_the_parts_and_grows_with_tokens_alone() -> None:
     assert (large.weights, large.optimizer, large.output_layer) == (small.weights, small.optimizer, small.output_layer)
 
 
-def test_checkpointing_only_where_memory_needs_it() -> None:
-    shape, options = ModelShape.from_config(QWEN3_0_6B), StateOptions(world_size=2)
-    gib = 2**30
-    budget, checkpointing = memory_model.choose_budget(shape, options, 94 * gib, longest_row=1024)
-    assert not checkpointing and budget >= 8192
-    small, checkpointing = memory_model.choose_budget(shape, options, 24 * gib, longest_row=1024)
-    assert checkpointing and small >= 8192
-    peak = memory_model.training_memory(shape, options, small, checkpointing=True).total
-    assert peak <= 0.9 * 24 * gib < memory_model.training_memory(shape, options, small, checkpointing=False).total
-
-
-def test_a_row_that_cannot_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="4096 tokens"):
-        memory_model.choose_budget(ModelShape.from_config(QWEN3_0_6B), StateOptions(), 8 * 2**30, longest_row=4096)
+def test_largest_budget_is_the_last_that_fits() -> None:
+    shape, options, gib = ModelShape.from_config(QWEN3_0_6B), StateOptions(world_size=2), 2**30
+    fits = memory_model.largest_budget(shape, options, 80 * gib, checkpointing=False)
+    needs = [memory_model.training_memory(shape, options, t, checkpointing=False).total for t in (fits, fits + 1024)]
+    assert needs[0] <= 0.9 * 80 * gib < needs[1]
+    assert memory_model.largest_budget(shape, options, 8 * gib, checkpointing=False) == 0

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from anchor_cli.data.plan import deal, epoch_order, make_plan
 from anchor_cli.engine import flops, memory_model
+from anchor_cli.engine.budget import choose_budget, state_options
 from anchor_cli.engine.flops import ModelShape
 from anchor_cli.engine.hardware import Gpu
 from anchor_cli.engine.memory_model import Memory, StateOptions
@@ -210,23 +211,6 @@ def steps_of(spec: RunSpec, num_rows: int, world_size: int) -> Steps:
     )
 
 
-def state_options(spec: RunSpec, ds_config: dict[str, Any], world_size: int) -> StateOptions:
-    """What the DeepSpeed config says about where weights, gradients and optimizer live."""
-    zero = ds_config.get("zero_optimization") or {}
-    value_bytes = 2 if spec.precision == "bfloat16" else 4
-    accumulate = (ds_config.get("data_types") or {}).get("grad_accum_dtype")
-    bucket = zero.get("reduce_bucket_size", 500_000_000)
-    return StateOptions(
-        bytes_per_value=value_bytes,
-        gradient_bytes=4 if accumulate == "fp32" else value_bytes,
-        communication_bytes=4 if ds_config.get("communication_data_type") == "fp32" else value_bytes,
-        zero_stage=int(zero.get("stage", 0)),
-        world_size=world_size,
-        bucket=bucket if isinstance(bucket, int) else 500_000_000,
-        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-    )
-
-
 def cut_of(
     spec: RunSpec,
     shape: ModelShape,
@@ -237,34 +221,31 @@ def cut_of(
     liger: bool,
 ) -> Cut:
     """Token budget, checkpointing and the number of micro-batches, as the engine will choose them."""
-    longest = int(row_lengths.max())
-    wish = spec.gradient_checkpointing
-    budget, source = spec.max_tokens_per_micro_batch, "the spec"
-    checkpointing, why = wish is True, "the spec"
-    if hardware.gpu is None or hardware.memory_bytes is None:
-        budget, source = (budget, source) if budget else (max(longest, memory_model.CPU_TOKENS), "the CPU's default")
-        why = why if wish != "auto" else "auto: off on a CPU"
-    else:
-        fitting = {
-            c: memory_model.largest_budget(shape, options, hardware.memory_bytes, checkpointing=c, liger=liger)
-            for c in (False, True)
-        }
-        if wish == "auto":
-            enough = max(longest, budget or memory_model.EFFICIENT_TOKENS)
-            checkpointing = fitting[False] < enough
-            why = "auto: memory needs it" if checkpointing else "auto: fits without"
-        if budget is None:
-            budget, source = max(longest, fitting[checkpointing]), "what fits in memory"
+    budget = choose_budget(
+        spec,
+        shape,
+        options,
+        hardware.memory_bytes if hardware.gpu is not None else None,
+        int(row_lengths.max()),
+        liger=liger,
+    )
     plan = make_plan(
         row_lengths,
         seed=spec.seed,
         global_batch_size=steps.global_batch_size,
         world_size=hardware.num_gpus,
-        token_budget=budget,
+        token_budget=budget.tokens,
         total_steps=steps.total_steps,
     )
     heaviest = heaviest_micro_batch(row_lengths, spec.seed, steps, hardware.num_gpus * plan.num_micro_batches)
-    return Cut(budget, source, plan.num_micro_batches, heaviest, checkpointing, why)
+    return Cut(
+        budget.tokens,
+        budget.source,
+        plan.num_micro_batches,
+        heaviest,
+        budget.checkpointing,
+        budget.checkpointing_source,
+    )
 
 
 def heaviest_micro_batch(row_lengths: IntArray, seed: int, steps: Steps, num_bins: int) -> int:

@@ -133,28 +133,6 @@ def training_memory(
     )
 
 
-def choose_budget(
-    shape: ModelShape, options: StateOptions, device_bytes: float, longest_row: int, *, liger: bool = False
-) -> tuple[int, bool]:
-    """Tokens of a micro-batch and whether to checkpoint, for a card of `device_bytes`.
-
-    Checkpointing costs one more forward pass (a quarter of a layer's work), so it is chosen only if, without it, the
-    largest budget that fits is below the longest row or below `EFFICIENT_TOKENS`.
-
-    Raises:
-        ValueError: not even one longest row fits with checkpointing.
-    """
-    best = (0, False)
-    for checkpointing in (False, True):
-        fits = largest_budget(shape, options, device_bytes, checkpointing=checkpointing, liger=liger)
-        if fits >= max(longest_row, EFFICIENT_TOKENS):
-            return fits, checkpointing
-        best = max(best, (fits, checkpointing))
-    if best[0] < longest_row:
-        raise ValueError(f"a row of {longest_row} tokens needs more than {device_bytes / 1e9:.0f} GB")
-    return best
-
-
 def largest_budget(
     shape: ModelShape, options: StateOptions, device_bytes: float, *, checkpointing: bool, liger: bool = False
 ) -> int:

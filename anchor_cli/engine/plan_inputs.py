@@ -39,18 +39,15 @@ def shape_of(model_name_or_path: str) -> tuple[ModelShape, str]:
         InputError: no config.json, or one that lacks a size.
     """
     path = Path(model_name_or_path).expanduser() / "config.json"
-    if path.is_file():
-        config, where = _read(path), str(path)
-    else:
-        found = _from_hub(model_name_or_path)
-        config, where = (_read(found), f"{found}") if found else (
-            KNOWN_CONFIGS.get(model_name_or_path.removesuffix("-Base"), {}), f"the known shape of {model_name_or_path}"
-        )  # fmt: skip
-    if not config:
+    found = path if path.is_file() else _from_hub(model_name_or_path)
+    known = KNOWN_CONFIGS.get(model_name_or_path.removesuffix("-Base"))
+    if found is None and known is None:
         raise InputError(
             f"model_name_or_path: {model_name_or_path}: no config.json there, and the Hub does not give it",
             hint="give a folder with config.json, or a Hub id that this host can reach",
         )
+    config = _read(found) if found else known or {}
+    where = str(found or f"the known shape of {model_name_or_path}")
     try:
         return ModelShape.from_config(config), where
     except KeyError as error:
@@ -141,9 +138,9 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
             return assumed_rows(num_rows, spec)
         raise InputError(error.message, "raw data need the model's tokenizer; or say --rows N") from error
     limits, source = Limits(), open_source(spec.dataset_file_path, Asked())
-    count = source.rows_hint or source.count_rows(limits)
+    about = source.rows_hint or source.count_rows(limits)  # for the spread of the sample; `first` ends as the count
     make = RowMaker(Work(spec.model_name_or_path, contract, limits, None, False))
-    share, first, lengths, cut, targets = Share(min(SAMPLE_ROWS, count), count), 0, [], 0, 0
+    share, first, lengths, cut, targets = Share(min(SAMPLE_ROWS, about), about), 0, [], 0, 0
     for file in source.files:
         for part in file.parts(limits):
             made = make(Task(part, file.columns, share, first))
@@ -154,12 +151,12 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
             targets += _targets(spec, made.table)
     sample = np.concatenate(lengths, axis=1)
     if not sample.size:
-        raise InputError(f"{spec.dataset_file_path}: no usable row among {count}", "anchor prepare says why")
-    drawn = np.random.default_rng(0).integers(sample.shape[1], size=count)
+        raise InputError(f"{spec.dataset_file_path}: no usable row among {first}", "anchor prepare says why")
+    drawn = np.random.default_rng(0).integers(sample.shape[1], size=first)
     taken = sample.shape[1]
     said = f"{spec.dataset_file_path} (raw; lengths of a sample of {taken:,} rows, rejected rows not taken off)"
     queries, documents = (side[drawn].astype(np.int32) for side in sample)
-    return Rows(queries, documents, round(targets * count / taken), cut / taken, said)
+    return Rows(queries, documents, round(targets * first / taken), cut / taken, said)
 
 
 def _targets(spec: RunSpec, table: Any) -> int:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.plan import BatchPlan, make_plan
 from anchor_cli.engine import checkpoint as ckpt
 from anchor_cli.engine import setup
+from anchor_cli.engine.budget import Budget, choose_budget, state_options
 from anchor_cli.engine.deepspeed_engine import Ranks, build_engine, train_step
 from anchor_cli.engine.feed import Feed
 from anchor_cli.engine.metrics_log import MetricsLog
 from anchor_cli.engine.optimizer_state import load_optimizer_state, save_optimizer_state
+from anchor_cli.engine.plan_inputs import shape_of
 from anchor_cli.engine.watchdog import Watchdog
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import apply_liger, load_backbone
@@ -138,14 +142,21 @@ def _settle_first(spec: RunSpec) -> dict[str, Any]:
 def open_run(
     spec: RunSpec, ranks: Ranks, spec_folder: Path, skip_steps: tuple[int, ...], watchdog: Watchdog
 ) -> Run:
-    """Settle, plan, load the model, build the engine and restore the optimizer's state.
+    """Settle what is to be done, and build what does it.
 
     Raises:
         InputError: anything of spec, data or checkpoint that cannot work; before the model is loaded where possible.
     """
-    settled = settle(spec, ranks, watchdog)
-    plan = plan_of(spec, settled.pairs, settled.global_batch_size, ranks)
+    run = build_run(spec, ranks, spec_folder, settle(spec, ranks, watchdog), watchdog)
+    run.skip(skip_steps)
+    return run
+
+
+def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, watchdog: Watchdog) -> Run:
+    """Plan, load the model, build the engine and restore the optimizer's state."""
     raw = load_ds_config(spec.deepspeed, spec_folder)
+    budget = budget_of(spec, settled.pairs, ranks, raw)
+    plan = plan_of(spec, settled.pairs, settled.global_batch_size, ranks, budget.tokens)
     config = resolve_ds_config(
         raw,
         spec,
@@ -156,7 +167,7 @@ def open_run(
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     source = settled.checkpoint or spec.model_name_or_path
-    language_model = load_backbone(source, dtype=dtype, gradient_checkpointing=checkpointing_of(spec, ranks))
+    language_model = load_backbone(source, dtype=dtype, gradient_checkpointing=budget.checkpointing)
     liger = ranks.device.type == "cuda" and apply_liger(language_model)
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=settled.contract.pooling_mode)
     model.train()
@@ -169,7 +180,6 @@ def open_run(
     if settled.checkpoint is not None and settled.state is not None:
         watchdog.phase("start-up (optimizer state)", None)
         restore(run, settled.checkpoint, settled.state)
-    run.skip(skip_steps)
     return run
 
 
@@ -193,32 +203,32 @@ def restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         say(f"resuming from {checkpoint} (step {run.settled.first_step}{changed})")
 
 
-def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: Ranks) -> BatchPlan:
-    """The plan of the whole run under the spec's token budget, or one chosen for the device."""
+def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: Ranks, token_budget: int) -> BatchPlan:
+    """The plan of the whole run under a token budget."""
     row_lengths = pairs.query_lengths + pairs.document_lengths
     total = schedule.total_steps(len(row_lengths), global_batch_size, spec.num_train_epochs, spec.max_steps)
-    budget = spec.max_tokens_per_micro_batch or choose_budget(int(row_lengths.max()), ranks.device)
     return make_plan(
         row_lengths,
         seed=spec.seed,
         global_batch_size=global_batch_size,
         world_size=ranks.world_size,
-        token_budget=budget,
+        token_budget=token_budget,
         total_steps=total,
     )
 
 
-def choose_budget(longest_row: int, device: torch.device) -> int:
-    """Tokens of a micro-batch when the spec does not say: 8k on a CPU, 32k on a GPU, never below the longest row.
-
-    The GPU figure is an assumption until measured: about 3 MB of activations a token at the shape of Qwen3-0.6B.
-    """
-    return max(longest_row, 8192 if device.type == "cpu" else 32768)
-
-
-def checkpointing_of(spec: RunSpec, ranks: Ranks) -> bool:
-    """Gradient checkpointing: as the spec says; `auto` leaves it off (see choose_budget)."""
-    return spec.gradient_checkpointing is True
+def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict[str, Any]) -> Budget:
+    """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
+    longest = int((pairs.query_lengths + pairs.document_lengths).max())
+    options = state_options(spec, ds_config, ranks.world_size)
+    if ranks.device.type != "cuda":
+        return choose_budget(spec, None, options, None, longest)
+    free = torch.tensor([torch.cuda.mem_get_info(ranks.device)[0]])
+    if ranks.cpu_group is not None:
+        dist.all_reduce(free, op=dist.ReduceOp.MIN, group=ranks.cpu_group)
+    shape, _ = shape_of(spec.model_name_or_path)
+    liger = find_spec("liger_kernel") is not None
+    return choose_budget(spec, shape, options, float(free.item()), longest, liger=liger)
 
 
 def save(run: Run, step: int, log: MetricsLog | None, wandb_run_id: str | None) -> Path:

@@ -1,0 +1,76 @@
+"""Token budget and checkpointing, table by table; hand arithmetic of communication and disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from anchor_cli.engine.budget import choose_budget, state_options
+from anchor_cli.engine.flops import ModelShape
+from anchor_cli.engine.memory_model import StateOptions, largest_budget, training_memory
+from anchor_cli.words.ds_config import load_ds_config
+from anchor_cli.words.spec import RunSpec
+
+SHAPE = ModelShape(1024, 3072, 28, 16, 8, 128, 151936, True, True, False)
+TWO = StateOptions(2, 4, 4, world_size=2, bucket=200_000_000)
+GIB = 2**30
+
+
+def spec(**keys: Any) -> RunSpec:
+    return RunSpec(model_name_or_path="m", dataset_file_path="d", **keys)
+
+
+def test_auto_checkpoints_only_where_memory_needs_it() -> None:
+    large = choose_budget(spec(), SHAPE, TWO, 94 * GIB, 1024)
+    assert (large.checkpointing, large.checkpointing_source) == (False, "auto: fits without")
+    assert large.tokens == largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False) >= 8192
+    small = choose_budget(spec(), SHAPE, TWO, 24 * GIB, 1024)
+    assert (small.checkpointing, small.checkpointing_source) == (True, "auto: memory needs it")
+    assert training_memory(SHAPE, TWO, small.tokens, checkpointing=True).total <= 0.9 * 24 * GIB
+
+
+def test_the_spec_is_obeyed() -> None:
+    strict = spec(gradient_checkpointing=False, max_tokens_per_micro_batch=4096)
+    told = choose_budget(strict, SHAPE, TWO, 24 * GIB, 1024)
+    assert (told.tokens, told.source) == (4096, "the spec")
+    assert (told.checkpointing, told.checkpointing_source) == (False, "the spec")
+    told = choose_budget(spec(gradient_checkpointing=True), SHAPE, TWO, 94 * GIB, 1024)
+    assert told.checkpointing and told.checkpointing_source == "the spec"
+
+
+def test_auto_checkpointing_looks_at_a_given_budget() -> None:
+    fits = largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False)
+    assert not choose_budget(spec(max_tokens_per_micro_batch=fits), SHAPE, TWO, 94 * GIB, 1024).checkpointing
+    assert choose_budget(spec(max_tokens_per_micro_batch=fits + 1), SHAPE, TWO, 94 * GIB, 1024).checkpointing
+
+
+@pytest.mark.parametrize(("longest", "want"), [(1024, 8192), (10000, 10000)])
+def test_on_a_cpu(longest: int, want: int) -> None:
+    got = choose_budget(spec(), None, TWO, None, longest)
+    assert (got.tokens, got.checkpointing) == (want, False)
+
+
+def test_liger_leaves_room_for_more_tokens() -> None:
+    plain, fused = (choose_budget(spec(), SHAPE, TWO, 94 * GIB, 1024, liger=liger).tokens for liger in (False, True))
+    assert fused > plain
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("zero2_bf16", (2, 4, 4, 2, False)),
+        ("zero1_bf16", (2, 4, 4, 1, False)),
+        ("zero3_bf16", (2, 4, 4, 3, False)),
+        ("zero2_offload_bf16", (2, 4, 4, 2, True)),
+    ],
+)
+def test_states_of_the_shipped_configs(name: str, want: tuple[int, int, int, int, bool]) -> None:
+    got = state_options(spec(deepspeed=name), load_ds_config(name, "."), 2)
+    bytes_each = (got.bytes_per_value, got.gradient_bytes, got.communication_bytes)
+    assert (*bytes_each, got.zero_stage, got.offload_optimizer) == want and got.world_size == 2
+
+
+def test_fp32_config() -> None:
+    got = state_options(spec(precision="float32"), load_ds_config("zero2_fp32", "."), 1)
+    assert (got.bytes_per_value, got.gradient_bytes, got.communication_bytes) == (4, 4, 4)

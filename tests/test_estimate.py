@@ -1,0 +1,188 @@
+"""`anchor plan`: steps, tokens, time, communication and disk against hand arithmetic; the command from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anchor_cli.commands.cli import run
+from anchor_cli.engine import estimate, flops
+from anchor_cli.engine.estimate import Hardware, Rows, Throughput
+from anchor_cli.engine.flops import ModelShape
+from anchor_cli.engine.hardware import GPUS, gpu_named, gpu_of_device_name
+from anchor_cli.engine.memory_model import StateOptions
+from anchor_cli.engine.plan_inputs import KNOWN_CONFIGS, rows_of, shape_of
+from anchor_cli.words.errors import InputError
+from anchor_cli.words.spec import RunSpec
+
+SHAPE = ModelShape.from_config(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"])
+KURE = "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
+ROOT = Path(__file__).parents[1]
+
+
+def spec(**keys: Any) -> RunSpec:
+    return RunSpec(**({"model_name_or_path": "m", "dataset_file_path": "d", "save_steps": 0.0} | keys))
+
+
+def some_rows(count: int = 1000, query: int = 40, document: int = 360) -> Rows:
+    queries, documents = np.full(count, query, np.int32), np.full(count, document, np.int32)
+    return Rows(queries, documents, count * (query + document - 2), None, "made up")
+
+
+def test_kure_steps() -> None:
+    run_spec = spec(per_device_train_batch_size=32, gradient_accumulation_steps=2, stop_after_n_steps=2000)
+    got = estimate.steps_of(run_spec, 1_862_922, 2)
+    assert (got.global_batch_size, got.steps_per_epoch, got.total_steps, got.last_step) == (128, 14_554, 43_662, 2000)
+    assert got.rows_dropped_per_epoch == 10
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_batches", "want"),
+    # 8 ranks; gradients 4 bytes, weights 2 bytes, P parameters; per rank and step, in units of P x 7/8
+    [(0, 1, 2 * 4), (1, 3, 2 * 4 + 2), (2, 3, 3 * 2 * 4 + 2), (3, 1, 4 + 4 * 2)],
+)
+def test_communication(stage: int, micro_batches: int, want: float) -> None:
+    options = StateOptions(2, 4, 4, zero_stage=stage, world_size=8)
+    got = estimate.communication_bytes(SHAPE, options, micro_batches)
+    assert got == want * SHAPE.num_parameters * 7 / 8
+    assert estimate.communication_bytes(SHAPE, StateOptions(zero_stage=stage, world_size=1), micro_batches) == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({"save_steps": 0.0}, 1),  # the last one
+        ({"save_steps": 100.0}, 10),  # 100, 200 … 1000, the last of which is the end's
+        ({"save_steps": 300.0}, 4),  # 300, 600, 900 and the end
+        ({"save_steps": 100.0, "save_total_limit": 2}, 3),  # two and the one being written
+    ],
+)
+def test_disk(keys: dict[str, Any], kept: int) -> None:
+    run_spec = spec(max_steps=1000, global_batch_size=1, per_device_train_batch_size=1, **keys)
+    got = estimate.disk_of(run_spec, SHAPE, estimate.steps_of(run_spec, 5000, 1))
+    assert got.checkpoints_kept == kept
+    assert got.checkpoint_bytes == 14 * 596_049_920 + 32 * 2**20
+
+
+def made(throughput: Throughput | None = None, **keys: Any) -> estimate.Estimate:
+    hardware, config = Hardware(GPUS["h100-nvl"], 2, 94 * 2**30), {"zero_optimization": {"stage": 2}}
+    return estimate.estimate(spec(**keys), SHAPE, some_rows(), hardware, config, throughput or Throughput())
+
+
+def test_time_is_needed_flops_over_assumed_speed() -> None:
+    got = made(Throughput(mfu=0.5))
+    needed = flops.objective_flops(SHAPE, [40] * 64, [360] * 64)
+    assert got.time is not None
+    assert got.time.step_s == pytest.approx(needed / (0.5 * 2 * 835e12))
+    assert got.time.total_s == pytest.approx(got.time.step_s * got.steps.total_steps)
+    measured = made(Throughput(tokens_per_s=1000.0, basis="given")).time
+    assert measured is not None and measured.step_s == pytest.approx(64 * 400 / 1000)
+
+
+def test_checkpointing_takes_longer_at_the_same_share_of_useful_work() -> None:
+    slow, fast = made(gradient_checkpointing=True).time, made(gradient_checkpointing=False).time
+    assert slow is not None and fast is not None
+    assert slow.step_s / fast.step_s == pytest.approx(flops.recompute_factor(SHAPE, [40], [360]))
+    assert 1.2 < slow.step_s / fast.step_s < 4 / 3
+
+
+def test_tokens_and_cut() -> None:
+    got = made()
+    assert got.tokens.per_step == 64 * 400
+    assert got.tokens.whole_run == 64 * 400 * got.steps.total_steps
+    assert got.cut.heaviest_tokens == 12_800 and got.cut.micro_batches_per_step == 1  # 32 pairs of 400 on each of two
+    assert got.memory is not None and got.memory.total < 94 * 2**30
+
+
+def test_a_cpu_has_no_modelled_time_or_memory() -> None:
+    run_spec = spec(precision="float32")
+    got = estimate.estimate(run_spec, SHAPE, some_rows(), Hardware(None, 1, None), {}, Throughput())
+    assert got.memory is None and got.time is None
+
+
+def test_too_few_rows() -> None:
+    with pytest.raises(InputError, match="fewer than one global batch of 32"):
+        estimate.steps_of(spec(), 31, 1)
+
+
+def test_gpu_names() -> None:
+    assert gpu_named("h100-nvl").memory_gib == 94
+    with pytest.raises(InputError, match="no such GPU") as caught:
+        gpu_named("h100-nv")
+    assert caught.value.hint == "did you mean h100-nvl?"
+    names = {"NVIDIA H100 NVL": "h100-nvl", "NVIDIA H100 80GB HBM3": "h100-sxm", "NVIDIA H100 PCIe": "h100-pcie",
+             "NVIDIA H200": "h200-sxm", "NVIDIA GH200 480GB": "gh200", "NVIDIA A100-SXM4-80GB": "a100-80gb",
+             "NVIDIA GeForce RTX 4090": "rtx4090"}  # fmt: skip
+    for device, want in names.items():
+        gpu = gpu_of_device_name(device)
+        assert gpu is not None and gpu.name == want
+    assert gpu_of_device_name("Tesla T4") is None
+
+
+def test_lengths_of_raw_rows_equal_those_of_prepare(small_model: Path, tmp_path: Path) -> None:
+    from anchor_cli.data.prepare import prepare
+
+    raw = tmp_path / "raw.jsonl"
+    pairs = [(f"Where do otters live {i}?", "Otters live in rivers. " * (i % 7 + 1)) for i in range(60)]
+    raw.write_text("\n".join(json.dumps({"query": q, "document": d}) for q, d in pairs), encoding="utf-8")
+    keys = {"model_name_or_path": str(small_model), "max_seq_length": 160}
+    prepare([str(raw)], tmp_path / "data", tokenizer=str(small_model), max_seq_length=160)
+    exact = rows_of(spec(dataset_file_path=str(tmp_path / "data"), **keys), None)
+    sampled = rows_of(spec(dataset_file_path=str(raw), **keys), None)
+    assert sampled.num_rows == exact.num_rows == 60
+    assert sampled.num_targets == exact.num_targets
+    assert set(sampled.document_lengths.tolist()) == set(exact.document_lengths.tolist())
+
+
+def test_a_missing_data_set_needs_rows() -> None:
+    with pytest.raises(InputError, match="not found on this machine"):
+        rows_of(spec(dataset_file_path="/nowhere"), None)
+    got = rows_of(spec(dataset_file_path="/nowhere"), 500)
+    assert got.num_rows == 500 and got.source.startswith("assumed")
+
+
+def test_shape_from_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"]))
+    assert shape_of(str(tmp_path))[0] == SHAPE == shape_of("Qwen/Qwen3-0.6B")[0]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no hidden_size"):
+        shape_of(str(tmp_path))
+    with pytest.raises(InputError, match="no config.json there"):
+        shape_of(str(tmp_path / "nothing"))
+
+
+def test_the_command_plans_kure_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["plan", str(ROOT / KURE), "--gpu", "h100-nvl", "--num-gpus", "2", "--rows", "1862922", "--json"])
+    got = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (got["steps"]["steps_per_epoch"], got["steps"]["total_steps"]) == (14_554, 43_662)
+    assert got["parameters"] == 596_049_920 and got["cut"]["gradient_checkpointing"] is True
+    parts = {key: value for key, value in got["memory"].items() if key != "total"}
+    assert got["memory"]["total"] == pytest.approx(sum(parts.values()))
+    assert {check["name"]: check["status"] for check in got["checks"]}["data"] == "fail"
+
+
+def test_the_command_in_words_with_a_probe(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("\n".join(json.dumps({"query": f"q {i}", "document": "d " * 9}) for i in range(40)))
+    keys = {"model_name_or_path": str(small_model), "dataset_file_path": str(raw), "precision": "float32",
+            "max_seq_length": 160, "global_batch_size": 4, "num_train_epochs": 1.0, "warmup_steps": 1,
+            "output_dir": str(tmp_path / "out")}  # fmt: skip
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(keys))
+    assert run(["plan", str(path), "--probe"]) == 0
+    out = capsys.readouterr().out
+    assert "10 an epoch, 10 in all" in out and "on cpu (sdpa)" in out and "probe: " in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_said(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(ROOT / KURE), "--mfu", "0.4", "--tokens-per-second", "10"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert run(["plan", str(ROOT / KURE), "--gpu", "h100"]) == 2
