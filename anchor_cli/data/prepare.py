@@ -367,7 +367,7 @@ def _in_order(tasks: Iterator[Task], work: Work, num_proc: int) -> Iterator[Prep
         remedy = "lower --num-proc or --max-characters"
         raise RunError("a worker process died, as when memory runs out", remedy) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
