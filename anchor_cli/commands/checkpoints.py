@@ -1,0 +1,100 @@
+"""`anchor checkpoints`: list, verify and prune what a run has saved."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anchor_cli.words.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from anchor_cli.engine.checkpoint_list import Listed
+
+
+class Action(StrEnum):
+    """What to do with a run's checkpoints."""
+
+    list = "list"
+    verify = "verify"
+    prune = "prune"
+
+
+def checkpoints(
+    action: Annotated[
+        Action, typer.Argument(help="list: compares sizes; verify: reads every byte; prune: removes old ones.")
+    ],
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder. Default: the last run.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", min=1, help="prune: how many stay. Default: the run's save_total_limit.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="prune: only say what would go.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """List, verify or prune the checkpoints of a run.
+
+    prune removes damaged ones first, then the oldest; never the best by eval/avg/ndcg@10 nor the newest whole one.
+    """
+    from anchor_cli.engine.checkpoint import prune, removable
+    from anchor_cli.engine.checkpoint_list import list_run, run_of
+    from anchor_cli.words.console import print_json, say
+    from anchor_cli.words.run_folder import list_checkpoints
+
+    folder = run_of(run)
+    if action == Action.prune:
+        limit = keep or limit_of(folder)
+        found = list_checkpoints(folder)
+        gone = removable(folder, found, limit, hashes=True) if dry_run else prune(folder, limit, hashes=True)
+        if as_json:
+            print_json({"run": str(folder), "keep": limit, "dry_run": dry_run, "removed": [str(path) for path in gone]})
+        for path in gone:
+            say(f"{'would remove' if dry_run else 'removed'} {path}")
+        say(f"{folder}: {len(found) - len(gone)} of {len(found)} checkpoints {'would stay' if dry_run else 'stay'}")
+        return
+    listed = list_run(folder, hashes=action == Action.verify)
+    if as_json:
+        print_json({"run": str(folder), "checkpoints": [one.as_dict() for one in listed]})
+    else:
+        _table(folder, listed)
+    damaged = [one.path.name for one in listed if one.problems]
+    if damaged and action == Action.verify:
+        raise RunError(
+            f"{folder}: damaged: {', '.join(damaged)}",
+            hint="training continues from the newest whole one; `anchor checkpoints prune` removes damaged ones first",
+        )
+
+
+def limit_of(run: Path) -> int:
+    """`save_total_limit` of a run's spec. Raises InputError: it has none."""
+    import json
+
+    from anchor_cli.words.run_folder import RunFolder
+
+    try:
+        limit = json.loads(RunFolder(run).spec.read_text(encoding="utf-8")).get("save_total_limit")
+    except (OSError, ValueError):
+        limit = None
+    if limit is None:
+        raise InputError(f"{run}: its spec has no save_total_limit", hint="say how many stay: --keep N")
+    return int(limit)
+
+
+def _table(folder: Path, listed: list[Listed]) -> None:
+    from rich.table import Table
+
+    from anchor_cli.engine.checkpoint_list import rows_of
+    from anchor_cli.words.console import console, say
+
+    if not listed:
+        say(f"{folder}: no checkpoint yet")
+        return
+    table = Table(title=str(folder), title_justify="left")
+    for name in ("checkpoint", "size", "eval/avg/ndcg@10", "state"):
+        table.add_column(name, justify="right" if name in ("size", "eval/avg/ndcg@10") else "left")
+    for row in rows_of(listed):
+        table.add_row(*row)
+    console().print(table)

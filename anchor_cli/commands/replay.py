@@ -1,0 +1,60 @@
+"""`anchor replay`: one step of a run again, to see which rows are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from anchor_cli.engine.replay import Replay
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    step: Annotated[int, typer.Option("--step", min=0, metavar="N", help="As the incident's message has it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Run one step of a run again, from the nearest checkpoint before it, and name the rows that are not finite.
+
+    Nothing is written. The steps between checkpoint and step are trained again, in one process.
+    """
+    from anchor_cli.engine import replay as engine
+    from anchor_cli.words.console import print_json, say
+    from anchor_cli.words.errors import InputError
+
+    if not (run / "spec.json").is_file():
+        message = f"{run}: not the folder of a run: spec.json is missing"
+        raise InputError(message, hint="give {output_dir}/{experiment_id}")
+    found = engine.replay(run, step)
+    if as_json:
+        print_json(found.as_dict())
+        return
+    _table(found)
+    bad = [row for micro in found.micro_batches for row in micro.non_finite_rows]
+    for row in bad:
+        say(f"row {row.row}: d2q {row.d2q_loss:.4g}, q2d {row.q2d_loss:.4g}, gradient norm {row.grad_norm:.4g}")
+        say(f"  query: {row.query}")
+        say(f"  document: {row.document}")
+    if found.finite:
+        say(f"step {step}: every micro-batch is finite here")
+    elif not bad:
+        say(f"step {step}: not finite, though each row alone is: the sum overflows; a lower learning rate may help")
+
+
+def _table(found: Replay) -> None:
+    from rich.table import Table
+
+    from anchor_cli.words.console import console
+
+    start = found.checkpoint or "the beginning"
+    table = Table(title=f"{found.run}: step {found.step}, from {start}", title_justify="left")
+    for name in ("rank", "micro-batch", "rows", "loss share", "gradient norm", "rows not finite"):
+        table.add_column(name, justify="right")
+    for one in found.micro_batches:
+        names = ", ".join(str(row.row) for row in one.non_finite_rows)
+        state = "" if one.finite else names or "all together"
+        numbers = f"{one.loss:.4g}", f"{one.grad_norm:.4g}"
+        table.add_row(str(one.rank), str(one.index), str(len(one.rows)), *numbers, state)
+    console().print(table)

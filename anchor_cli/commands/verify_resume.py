@@ -1,0 +1,69 @@
+"""`anchor verify-resume`: does a resumed run equal an uninterrupted one on this host?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anchor_cli.words.errors import RunError
+
+if TYPE_CHECKING:
+    from anchor_cli.engine.verify_resume import Verdict
+
+
+def verify_resume(
+    spec: Annotated[Path, typer.Argument(help="The run spec, a JSON file.", show_default=False)],
+    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="2N steps against N + resume + N.")] = 5,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. Default: all GPUs, or 1 on a CPU.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Prove on this host that a resumed run equals an uninterrupted one: 2N steps against N, a new start, and N more.
+
+    Every logged number and every tensor of the last checkpoint is compared bit by bit. Where they differ, a second
+    uninterrupted run tells what this host's kernels do by themselves (GPU kernels that add in any order). Exit 1 when
+    resuming differs by more than that. Needs disk for three checkpoints, which are removed.
+    """
+    from anchor_cli.engine import verify_resume as engine
+    from anchor_cli.words.console import print_json
+    from anchor_cli.words.spec import load_spec
+
+    found = engine.verify_resume(load_spec(spec, overrides), spec.absolute(), overrides or [], steps, nproc_per_node)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _table(found)
+    if not found.passed:
+        raise RunError(
+            f"{spec}: the resumed run differs from the uninterrupted one from step {found.resumed.first_step} on",
+            hint="please report this with the table above and environment.json of a run",
+        )
+
+
+def _table(found: Verdict) -> None:
+    from rich.table import Table
+
+    from anchor_cli.words.console import console, say
+
+    table = Table(title=f"{2 * found.steps} steps against {found.steps} + resume + {found.steps}", title_justify="left")
+    for name in ("", "logged numbers", "differ", "largest", "tensors", "differ", "largest"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, d in (("resumed", found.resumed), ("uninterrupted, again", found.noise)):
+        if d is not None:
+            table.add_row(
+                name, f"{d.numbers_compared:,}", f"{d.numbers_different:,}", f"{d.largest_number:.1e}",
+                f"{d.tensors_compared:,}", f"{d.tensors_different:,}", f"{d.largest_weight:.1e}",
+            )  # fmt: skip
+    console().print(table)
+    if found.exact:
+        say("exact: the resumed run is the uninterrupted one, bit for bit")
+    elif found.passed:
+        say("as exact as this host is: two uninterrupted runs differ by as much (its kernels add in any order)")
+    else:
+        say("different: see the first step above")

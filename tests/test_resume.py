@@ -1,0 +1,173 @@
+"""Whatever ends a run, the same command continues it: the same numbers, bit for bit, on the same number of processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.harness import (
+    Started,
+    assert_bitwise,
+    events,
+    fork_server,
+    largest_difference,
+    losses,
+    metrics,
+    write_spec,
+    write_world,
+)
+
+from anchor_cli.engine.checkpoint import prune, verify_checkpoint
+from anchor_cli.words.run_folder import list_checkpoints
+
+pytestmark = pytest.mark.usefixtures("small_model")
+
+
+class World:
+    """A folder with data, runs on it by name."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        write_world(folder)
+
+    def path(self, name: str) -> Path:
+        return self.folder / "out" / name
+
+    def start(self, name: str, *, ranks: int = 1, die_at: tuple[str, int] | None = None, **changes: Any) -> Started:
+        spec = write_spec(self.folder, self.model, experiment_id=name, **changes)
+        return fork_server().start(["train", str(spec)], self.folder, ranks=ranks, die_at=die_at)
+
+    def train(self, name: str, *, code: int = 0, **more: Any) -> Path:
+        started = self.start(name, **more)
+        assert started.wait() == code, started.said
+        return self.path(name)
+
+
+@pytest.fixture(scope="module")
+def world(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("resume"), small_model)
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Path:
+    """The uninterrupted float32 run of one process."""
+    return world.train("whole")
+
+
+def test_killed_in_a_step_an_evaluation_and_a_save_it_ends_as_if_nothing_had_happened(world: World, whole: Path) -> None:
+    kills = [
+        ("anchor_cli.engine.train:train_step", 4, 2),  # in step 3; checkpoint-2 stands
+        ("anchor_cli.engine.evaluate:evaluate_one", 1, 2),  # at step 4, before its line
+        ("anchor_cli.engine.checkpoint:os.rename", 1, 2),  # checkpoint-4 is written, but not under its name
+        ("anchor_cli.engine.checkpoint:fsync_folder", 1, 4),  # right after it has its name
+    ]
+    for name, count, newest in kills:
+        run = world.train("killed", die_at=(name, count), code=-signal.SIGKILL)
+        assert [path.name for path in list_checkpoints(run)][-1] == f"checkpoint-{newest}", name
+    run = world.train("killed")
+    assert metrics(run) == metrics(whole)  # also: no line twice, none missing
+    assert len(losses(run)) == 8
+    assert_bitwise(run / "checkpoint-8", whole / "checkpoint-8")
+    assert not list(run.glob(".checkpoint*"))
+    state, want = (json.loads((path / "checkpoint-8/training_state.json").read_text()) for path in (run, whole))
+    assert state["best"] == want["best"] and state["evaluated_step"] == 8
+
+
+def test_two_bf16_processes_stopped_by_a_signal_go_on_bit_for_bit(world: World) -> None:
+    bf16 = {"precision": "bfloat16", "deepspeed": "zero2_bf16", "ranks": 2}
+    whole = world.train("whole-bf16", **bf16)
+    started = world.start("stopped-bf16", **bf16)
+    run = world.path("stopped-bf16")
+    while not (run / "metrics.jsonl").is_file() or not losses(run):
+        time.sleep(0.01)
+    started.send(signal.SIGTERM, rank=1)  # one rank is told; all agree
+    assert started.wait() == 75, started.said
+    stopped = events(run)[-1]
+    assert stopped["event"] == "stop" and 1 <= stopped["step"] < 8
+    assert not verify_checkpoint(run / f"checkpoint-{stopped['step']}")
+    world.train("stopped-bf16", **bf16)
+    assert metrics(run) == metrics(whole)
+    assert_bitwise(run / "checkpoint-8", whole / "checkpoint-8")
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+def test_a_changed_number_of_processes_changes_rounding_only(world: World, whole: Path, first: int, second: int) -> None:
+    name = f"elastic-{first}-{second}"
+    world.train(name, ranks=first, stop_after_n_steps=4)
+    run = world.train(name, ranks=second)
+    for got, want in zip(losses(run), losses(whole), strict=True):
+        assert got == pytest.approx(want, rel=1e-4)
+    assert largest_difference(run / "checkpoint-8", whole / "checkpoint-8") < 1e-4
+
+
+def test_zero3_is_written_and_read_whole(world: World) -> None:
+    zero3 = {"precision": "bfloat16", "deepspeed": "zero3_bf16", "ranks": 2, "max_steps": 4, "eval_steps": 0}
+    whole = world.train("whole-zero3", **zero3)
+    world.train("cut-zero3", **zero3, stop_after_n_steps=2)
+    run = world.train("cut-zero3", **zero3)
+    assert metrics(run) == metrics(whole)
+    assert_bitwise(run / "checkpoint-4", whole / "checkpoint-4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero1_bf16", "zero2_offload_bf16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_other_config_resumes_bit_for_bit(world: World, config: str, ranks: int) -> None:
+    more = {"precision": "bfloat16", "deepspeed": config, "ranks": ranks, "max_steps": 4, "eval_steps": 0}
+    whole = world.train(f"whole-{config}-{ranks}", **more)
+    world.train(f"cut-{config}-{ranks}", **more, stop_after_n_steps=2)
+    run = world.train(f"cut-{config}-{ranks}", **more)
+    assert metrics(run) == metrics(whole)
+    assert_bitwise(run / "checkpoint-4", whole / "checkpoint-4")
+
+
+def test_a_damaged_newest_is_named_and_the_one_before_is_taken(world: World, whole: Path) -> None:
+    run = world.train("damaged", stop_after_n_steps=6)
+    with open(run / "checkpoint-6/model.safetensors", "r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))  # one bit
+    with open(run / "checkpoint-4/optimizer-00001-of-00001.safetensors", "r+b") as file:
+        file.truncate(1000)
+    started = world.start("damaged")
+    assert started.wait() == 0
+    assert "checkpoint-6: damaged: model.safetensors was changed after it was written" in started.said
+    assert "checkpoint-4: damaged: optimizer-00001-of-00001.safetensors has 1,000 bytes" in started.said
+    assert "resuming from" in started.said and "checkpoint-2 (step 2" in started.said
+    assert metrics(run) == metrics(whole)
+    assert_bitwise(run / "checkpoint-8", whole / "checkpoint-8")
+    assert not verify_checkpoint(run / "checkpoint-6")  # written anew on the way
+
+
+def test_a_changed_spec_is_refused_with_what_differs_and_harmless_changes_are_not(world: World, whole: Path) -> None:
+    started = world.start("whole", learning_rate=2e-3, seed=7, save_steps=3)
+    assert started.wait() == 2
+    assert "learning_rate: 0.001 -> 0.002" in started.said and "seed: 42 -> 7" in started.said
+    assert "save_steps" not in started.said
+    before = metrics(whole)
+    world.train("whole", save_steps=3, logging_steps=5, report_to="tensorboard", max_tokens_per_micro_batch=300)
+    assert metrics(whole) == before
+
+
+def test_rotation_keeps_the_best_and_the_newest_whole(tmp_path: Path) -> None:
+    from anchor_cli.engine.checkpoint import commit
+    from anchor_cli.words.metric_names import EVAL_AVG_NDCG_10
+
+    for step in (2, 4, 6, 8, 10):
+        partial = tmp_path / f".checkpoint-{step}.partial"
+        partial.mkdir()
+        (partial / "model.safetensors").write_bytes(b"weights" * step)
+        commit(partial, tmp_path / f"checkpoint-{step}")
+    scores = {2: 0.3, 3: 0.9, 4: 0.5, 6: 0.4}  # nothing was saved at step 3
+    lines = [json.dumps({"step": step, EVAL_AVG_NDCG_10: score}) for step, score in scores.items()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "checkpoint-10/model.safetensors").write_bytes(b"short")
+    assert [path.name for path in prune(tmp_path, 4)] == ["checkpoint-10"]  # the damaged one goes first
+    assert [path.name for path in prune(tmp_path, 2)] == ["checkpoint-2", "checkpoint-6"]
+    assert [path.name for path in prune(tmp_path, 1)] == []  # the best and the newest stay, whatever the limit
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
