@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -137,6 +138,8 @@ def leave_processes() -> None:
 def quiet_deepspeed() -> Iterator[Any]:
     """deepspeed, imported, with its prints on stderr and its log at warnings (stdout is for results)."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # DeepSpeed's calls of what torch renames: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with contextlib.redirect_stdout(sys.stderr if os.environ.get("ANCHOR_DEBUG") else open(os.devnull, "w")):
         import deepspeed
 

@@ -187,12 +187,14 @@ def _results(state: State, width: int) -> Text:
     else:
         line.append(f"{state.last_score[1]:.4f}", "bold").append(f" at {state.last_score[0]:,}")
         line.append("  best ", _NAME).append(f"{state.best_score[1]:.4f}", _BEST).append(f" at {state.best_score[0]:,}")
-        line.append("  " + sparkline(state.scores.values, max(4, (width - 40) // 5)), _BEST)
     line.append("  saved ", _NAME)
     if state.checkpoint is None:
         line.append("nothing yet")
     else:
-        line.append(f"{state.checkpoint}, {clock(time.monotonic() - state.checkpoint_s)} ago")
+        line.append(f"{state.checkpoint} {clock(time.monotonic() - state.checkpoint_s)} ago")
+    room = width - line.cell_len - 2
+    if room >= 4:
+        line.append("  " + sparkline(state.scores.values, room), _BEST)
     return line
 
 

@@ -24,6 +24,8 @@ from anchor_cli.words.errors import AnchorError
 _DRAIN_S = 2.0  # how long the end waits for last words on their way to the terminal
 
 _open_log: RankLog | None = None
+printing = threading.RLock()
+"""Held while a line is printed above the panel; who takes the panel away holds it, too."""
 _before_giving_back: list[Callable[[], None]] = []
 
 
@@ -87,7 +89,8 @@ class RankLog:
                 text = Text.from_ansi(line.rstrip("\r\n").rpartition("\r")[2])
                 if text.plain.startswith(("warning: ", "anchor: ")):
                     text.stylize("yellow")
-                screen().print(text, soft_wrap=True)
+                with printing:
+                    screen().print(text, soft_wrap=True)
 
 
 @contextmanager

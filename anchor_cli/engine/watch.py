@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anchor_cli.engine.hardware import gpu_of_device_name
 from anchor_cli.engine.panel import State, clock
-from anchor_cli.engine.rank_log import before_giving_back, log_only
+from anchor_cli.engine.rank_log import before_giving_back, log_only, printing
 from anchor_cli.words import metric_names as names
 from anchor_cli.words.console import say, screen
 from anchor_cli.words.run_folder import RunFolder, checkpoint_step, read_json_lines
@@ -93,9 +93,10 @@ class Watch:
 
     def close(self) -> None:
         """Leave the panel as it is and give the terminal back."""
-        live, self._live = self._live, None
-        if live:
-            live.stop()
+        with printing:
+            live, self._live = self._live, None
+            if live:
+                live.stop()
 
     def _show(self) -> None:
         from rich.live import Live
