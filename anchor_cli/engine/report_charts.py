@@ -38,7 +38,7 @@ class Line:
 @dataclass(frozen=True)
 class Chart:
     """What one panel shows. `smooth` adds a running mean (`log`: median) over the faint raw line; `scale` multiplies
-    values; `clock` (unix s) makes the x axis hours since then, and `lines` then hold seconds since it for steps."""
+    values; `clock` (unix s) makes the x axis time since then, and `lines` then hold seconds since it for steps."""
 
     lines: Sequence[Line]
     unit: str
@@ -52,6 +52,11 @@ class Chart:
     last_step: int = 0
     wide: bool = False
     clock: float | None = None
+
+    @property
+    def clock_unit(self) -> tuple[float, str]:
+        """Seconds of one unit of the clock axis, and its name: hours, or minutes below two hours."""
+        return (3600.0, "hours") if self.last_step >= 7200 else (60.0, "minutes")
 
 
 def thin(steps: Sequence[int], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
@@ -124,20 +129,20 @@ def _draw_line(axes: Axes, chart: Chart, line: Line) -> None:
         values = (running_median if chart.log else running_mean)(values, width_of_mean)
     steps, thinned = thin(line.series.steps, values)
     if chart.clock is not None:
-        steps = [second / 3600.0 for second in steps]
+        steps = [second / chart.clock_unit[0] for second in steps]
     axes.plot(steps, thinned, style, color=line.colour, linewidth=width, marker="o" if few else None, markersize=3.5)
 
 
 def _frame(axes: Axes, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    unit = 3600.0 if chart.clock is not None else 1.0
+    unit, unit_name = chart.clock_unit if chart.clock is not None else (1.0, "")
     last = max([chart.last_step, *(line.series.steps[-1] for line in chart.lines if len(line.series))], default=1)
     last_x = max(last / unit, 1e-3)
     axes.set_xlim(-0.01 * last_x, 1.015 * last_x)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=chart.clock is None))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}" if value < 1e6 else f"{value:,.0f}"))
-    axes.set_xlabel("step" if chart.clock is None else "hours since the start, pauses included")
+    axes.set_xlabel("step" if chart.clock is None else f"{unit_name} since the start, pauses included")
     axes.set_title(chart.unit, loc="left")
     if not chart.log:
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -145,8 +150,10 @@ def _frame(axes: Axes, chart: Chart) -> None:
         low, high = axes.get_ylim()
         shown = [value * chart.scale for line in chart.lines for value in line.series.values]
         if chart.from_zero or (shown and min(shown) >= 0.0 > low):
-            axes.set_ylim(0.0, high if high > 0 else 1.0)
+            axes.set_ylim(0.0, max([high, *(1.06 * value for value in shown)]) or 1.0)
     else:
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
@@ -166,7 +173,7 @@ def _number(value: float) -> str:
 
 def _draw_events(axes: Axes, chart: Chart) -> None:
     for event in chart.events:
-        place = float(event.step) if chart.clock is None else (event.time - chart.clock) / 3600.0
+        place = float(event.step) if chart.clock is None else (event.time - chart.clock) / chart.clock_unit[0]
         colour = EVENT_COLOURS.get(event.kind, SOFT)
         axes.axvline(place, color=colour, linewidth=1.1, linestyle=(0, (3, 2)), zorder=0.5)
         marker = {"incident": "X", "checkpoint_failed": "X", "stop": "s"}.get(event.kind, "^")
@@ -219,7 +226,7 @@ def bars(bins: Sequence[Sequence[int]], colour: str, unit: str, name: str, mark:
         counts = [entry[2] for entry in bins]
         axes.bar(starts, counts, width, align="edge", color=faces, edgecolor="white", linewidth=0.8)
         every = -(-len(starts) // 8)
-        ticks = starts[:-1:every] if len(starts) > 1 else starts
+        ticks = [start for start in starts[::every] if not (is_open and start == starts[-1])]
         axes.set_xticks([*ticks, starts[-1]] if is_open else ticks)
         axes.set_xticklabels([f"{tick:,.0f}" for tick in ticks] + ([f"{starts[-1]:,.0f}+"] if is_open else []))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))

@@ -284,7 +284,8 @@ def _events_panel(runs: Sequence[RunRecord]) -> str:
             rows.append([*([run.name] if len(runs) > 1 else []), when, f"{event.step:,}", kind, details])
         checkpoints = sum(event.kind == "checkpoint" for event in run.events)
         if checkpoints:
-            counts.append(f"{checkpoints:,} checkpoints saved" + (f" ({run.name})" if len(runs) > 1 else ""))
+            of_run = f" ({run.name})" if len(runs) > 1 else ""
+            counts.append(f"{checkpoints:,} checkpoint{'s' * (checkpoints > 1)} saved{of_run}")
         if run.superseded:
             counts.append(f"{run.superseded:,} logged lines left out: trained again after a resume")
     if not rows:

@@ -48,14 +48,18 @@ def _cards(counts: Mapping[str, Any], limit: Any) -> list[str]:
     cards = [
         card("pairs kept", f"{rows['kept']:,}", f"of {rows['in']:,}"),
         card("pairs rejected", f"{rows['rejected']:,}", "reasons below"),
-        card("query tokens", f"{tokens.get('query', 0) / 1e6:,.1f} M", "an epoch"),
-        card("document tokens", f"{tokens.get('document', 0) / 1e6:,.1f} M", "an epoch, after truncation"),
+        card("query tokens", _millions(tokens.get("query", 0)), "an epoch"),
+        card("document tokens", _millions(tokens.get("document", 0)), "an epoch, after truncation"),
     ]
     if isinstance(share, int | float):
         cards.append(card("documents cut", f"{share * 100:.1f} %", f"longer than {limit} tokens"))
     for language, kept in list(counts.get("languages", {}).items())[:3]:
         cards.append(card(f"language {language}", f"{kept:,}", f"{kept / max(rows['kept'], 1) * 100:.1f} % of pairs"))
     return cards
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def _histogram(
@@ -80,6 +84,6 @@ def _rejected(counts: Mapping[str, Any]) -> str:
 
 def _lengths(counts: Mapping[str, Any]) -> str:
     lengths: Mapping[str, Mapping[str, float]] = counts.get("lengths", {})
-    columns = list(lengths.get("query", {}))
+    columns = [name for name in lengths.get("query", {}) if name not in ("p1", "p10", "p25", "p75")]
     rows = [[side, *(f"{values.get(column, 0):,g}" for column in columns)] for side, values in lengths.items()]
     return cell_table("Lengths in tokens", ["", *columns], rows) if columns else ""
