@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command continues it: the same numbers, bit for bit, on the same number of processes."""
+"""Whatever ends a run, the same command continues it: bit for bit, on the same number of processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def whole(world: World) -> Path:
     return world.train("whole")
 
 
-def test_killed_in_a_step_an_evaluation_and_a_save_it_ends_as_if_nothing_had_happened(world: World, whole: Path) -> None:
+def test_killed_in_step_evaluation_and_save_it_ends_as_if_nothing_had_happened(world: World, whole: Path) -> None:
     kills = [
         ("anchor_cli.engine.train:train_step", 4, 2),  # in step 3; checkpoint-2 stands
         ("anchor_cli.engine.evaluate:evaluate_one", 1, 2),  # at step 4, before its line
@@ -95,7 +95,7 @@ def test_two_bf16_processes_stopped_by_a_signal_go_on_bit_for_bit(world: World) 
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
-def test_a_changed_number_of_processes_changes_rounding_only(world: World, whole: Path, first: int, second: int) -> None:
+def test_another_number_of_processes_changes_rounding_only(world: World, whole: Path, first: int, second: int) -> None:
     name = f"elastic-{first}-{second}"
     world.train(name, ranks=first, stop_after_n_steps=4)
     run = world.train(name, ranks=second)

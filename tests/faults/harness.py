@@ -25,8 +25,9 @@ TRAIN_KEYS = ("step", "train/loss", "train/d2q_loss", "train/q2d_loss", "train/l
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "ANCHOR_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "400",
-            "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **more}  # fmt: skip
+    return {**kept, "ANCHOR_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_COLOR": "1",
+            "COLUMNS": "400", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true",
+            "TOKENIZERS_PARALLELISM": "false", **more}  # fmt: skip
 
 
 def write_world(folder: Path, num_rows: int = 64) -> None:
@@ -116,7 +117,14 @@ class ForkServer:
         return self.ask(op="wait", pid=pid, seconds=seconds)["code"]
 
     def start(
-        self, arguments: list[str], folder: Path, *, ranks: int = 1, die_at: tuple[str, int] | None = None, **env: str
+        self,
+        arguments: list[str],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        die_at: tuple[str, int] | None = None,
+        answers: dict[str, Any] | None = None,
+        **env: str,
     ) -> Started:
         """Start `anchor arguments`; with `ranks` > 1 as that many workers, as torchrun would."""
         started = Started(self, [], [])
@@ -128,7 +136,7 @@ class ForkServer:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": port} if ranks > 1 else {}  # fmt: skip
             request = {"arguments": arguments, "env": environment(folder / "home", **own, **env), "log": str(log)}
-            answer = self.ask(op="start", die_at=die_at if rank == 0 else None, **request)
+            answer = self.ask(op="start", die_at=die_at if rank == 0 else None, answers=answers, **request)
             started.pids.append(answer["pid"])
             started.logs.append(log)
         return started
