@@ -9,6 +9,7 @@ a share is already normalised by the target count of the whole step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -143,10 +144,39 @@ def quiet_deepspeed() -> Iterator[Any]:
     with contextlib.redirect_stdout(sys.stderr if os.environ.get("ANCHOR_DEBUG") else open(os.devnull, "w")):
         import deepspeed
 
+        with compiled_when_called(), contextlib.suppress(ImportError):
+            import deepspeed.runtime.zero.muon.original_muon
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if refusal := refused_deepspeed(deepspeed.__version__):
             raise InputError(refusal, hint=f"pip install deepspeed=={TESTED}")
         yield deepspeed
+
+
+@contextlib.contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """Functions decorated by torch.compile inside this block load the compiler at their first call, not at once.
+
+    DeepSpeed decorates its Muon optimizer, which is not used here, at import: a third of the whole start-up (measured,
+    docs/performance.md). https://github.com/deepspeedai/DeepSpeed: runtime/zero/muon/original_muon.py.
+    """
+    compile_now = torch.compile
+
+    def later(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] | None = None
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal compiled
+            compiled = compiled or compile_now(function)
+            return compiled(*args, **kwargs)
+
+        return call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 class NonFiniteGradient(RunError):
