@@ -2,8 +2,8 @@
 
     python benchmarks/encode_throughput.py [--model FOLDER] [--beir ../shared/data/beir/welfare-ko] [--texts 300]
 
-Both get the same model folder in the same precision and are timed from text to vectors, tokenisation included; both sort
-by length. sentence-transformers pads its batches of 32 (its default) and takes the last token; its texts carry the
+Both get the same model folder in the same precision and are timed from text to vectors, tokenisation included; both
+sort by length. sentence-transformers pads its batches of 32 (its default) and takes the last token; its texts carry the
 template already, so the token ids are the same, and the vectors of texts that neither side truncates must agree.
 
 Length mixes: real documents and queries, equal short texts, equal long texts, one long among many short, uniform.
@@ -139,7 +139,8 @@ def main() -> None:
         about = {**machine(), "command": " ".join(["python", "benchmarks/encode_throughput.py", *sys.argv[1:]])}
         print(json.dumps(about))
         short = next(iter(texts.values()))[:8]
-        print(f"largest 1 - cosine between the two sides: {largest_difference(ours, theirs, [t[:200] for t in short]):.1e}")
+        apart = largest_difference(ours, theirs, [text[:200] for text in short])
+        print(f"largest 1 - cosine between the two sides: {apart:.1e}")
         reports = {}
         for name, mix in texts.items():
             found = reports[name] = compare(ours, theirs, mix, args.repeats, device)
