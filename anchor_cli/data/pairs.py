@@ -171,6 +171,8 @@ def _views(column: pa.ListArray) -> _Ids:
 
 def _int32(column: pa.Int32Array) -> Int32Array:
     """An int32 column without nulls, not copied. `to_numpy` does the same and imports pandas for it (0.5 s)."""
+    if not len(column):
+        return np.empty(0, dtype=np.int32)
     return np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column)]
 
 
