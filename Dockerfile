@@ -56,17 +56,20 @@ RUN set -eu; case "$FLASH_ATTN" in \
     pip install --no-build-isolation --no-deps "flash-attn==$FLASH_ATTN_VERSION"; \
     rm -rf /var/lib/apt/lists/* /tmp/keyring.deb
 
-# hadolint ignore=DL3006
-FROM builder-${VARIANT} AS installed
-WORKDIR /src
+FROM builder AS wheel
 COPY README.md LICENSE ./
 COPY docs/spec.schema.json docs/spec.schema.json
 COPY ds_configs ds_configs
 COPY train_configs train_configs
 COPY anchor_cli anchor_cli
-RUN pip install --no-cache-dir --no-deps . \
+RUN pip wheel --no-deps --wheel-dir /dist .
+
+# hadolint ignore=DL3006
+FROM builder-${VARIANT} AS installed
+COPY --from=wheel /dist /dist
+RUN pip install --no-cache-dir --no-deps /dist/*.whl \
     && find /opt/anchor -name __pycache__ -type d -prune -exec rm -rf {} + \
-    && find /opt/anchor -name tests -type d -path '*/site-packages/*/tests' -prune -exec rm -rf {} +
+    && find /opt/anchor -path '*/site-packages/*/tests' -type d -prune -exec rm -rf {} +
 
 FROM ${BASE} AS runtime-cpu
 
@@ -90,7 +93,6 @@ LABEL org.opencontainers.image.title="anchor" \
 RUN useradd --create-home --uid 1000 anchor \
     && mkdir -p /work /home/anchor/.cache \
     && chown -R anchor:anchor /work /home/anchor
-COPY --from=installed /opt/anchor /opt/anchor
 ENV PATH=/opt/anchor/bin:$PATH \
     HOME=/home/anchor \
     LANG=C.UTF-8 \
@@ -103,3 +105,5 @@ USER 1000:1000
 WORKDIR /work
 ENTRYPOINT ["anchor"]
 CMD ["--help"]
+# last, so that nothing above is repeated for it
+COPY --from=installed /opt/anchor /opt/anchor
