@@ -1,4 +1,4 @@
-"""The container files, checked as far as is possible without building; docker/test-image.sh builds and runs the image."""
+"""The container files, as far as they can be checked without building: docker/test-image.sh builds the image."""
 
 from __future__ import annotations
 
