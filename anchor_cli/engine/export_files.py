@@ -112,7 +112,7 @@ def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) 
         "per_device_train_batch_size": 64,
         "gradient_accumulation_steps": 1,
         "num_train_epochs": 1,
-        "learning_rate": 1e-5,
+        "learning_rate": 2e-5,
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0.1,
         "weight_decay": 0.0,
