@@ -1,0 +1,75 @@
+"""The same spec gives the same losses on any number of processes and any token budget, up to rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faults.harness import fork_server, losses, tensors, write_spec, write_world
+
+GEOMETRIES = {"1 process": (1, 2000), "2 processes": (2, 2000), "small": (1, 300), "smallest": (1, 150)}
+"""Name -> (processes, token budget of a micro-batch)."""
+
+
+def train(folder: Path, model: Path, name: str, **changes: Any) -> Path:
+    ranks, budget = GEOMETRIES[name.split("/")[0]]
+    spec = {"experiment_id": name.replace(" ", "-").replace("/", "-"), "max_tokens_per_micro_batch": budget}
+    path = write_spec(folder, model, **spec, **changes)
+    code, said = fork_server().run(["train", str(path)], folder, seconds=550, ranks=ranks)
+    assert code == 0, said
+    return folder / "out" / spec["experiment_id"]
+
+
+def assert_geometry_free(folder: Path, model: Path, **changes: Any) -> None:
+    """20 steps of every geometry: losses, and the gradient of the first step, within 1e-5 of one process's."""
+    common = {"max_steps": 20, "warmup_steps": 2, "eval_steps": 0, "save_steps": 0, **changes}
+    runs = {name: train(folder, model, name, **common) for name in GEOMETRIES}
+    cuts = set()
+    for run in runs.values():
+        state = json.loads((run / "checkpoint-20/training_state.json").read_text())
+        cuts.add((state["world_size"], state["num_micro_batches"]))
+    assert len(cuts) == len(GEOMETRIES), f"the steps were not cut differently: {cuts}"
+    # (step, loss, d2q, q2d): the columns of `losses` before learning rate and norm
+    want = np.array(losses(runs["1 process"]))[:, :4]
+    assert len(want) == 20 and want[-1, 1] < want[0, 1]
+    worst = {name: float(np.abs(np.array(losses(run))[:, :4] / want - 1).max()) for name, run in runs.items()}
+    print("largest relative difference of a loss:", worst)
+    assert max(worst.values()) < 1e-5, worst
+
+    # After one update Adam's first moment is (1 - 0.9) times the clipped gradient.
+    first = {name: train(folder, model, f"{name}/first", **common, stop_after_n_steps=1) for name in GEOMETRIES}
+    moments = {
+        name: {key: value for key, value in tensors(run / "checkpoint-1").items() if key.endswith(".exp_avg")}
+        for name, run in first.items()
+    }
+    apart = {name: relative_distance(found, moments["1 process"]) for name, found in moments.items()}
+    print("relative distance of the first gradient:", apart)
+    assert max(apart.values()) < 1e-5, apart
+
+
+def relative_distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """|ours - theirs| / |theirs| of all tensors as one vector, in float64."""
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    difference = sum(float((ours[key].double() - theirs[key].double()).square().sum()) for key in ours)
+    size = sum(float(theirs[key].double().square().sum()) for key in ours)
+    assert size > 0
+    return (difference / size) ** 0.5
+
+
+def test_losses_and_gradients_do_not_depend_on_processes_or_token_budget(small_model: Path, tmp_path: Path) -> None:
+    write_world(tmp_path)
+    assert_geometry_free(tmp_path, small_model)
+
+
+@pytest.mark.slow
+def test_nor_with_the_real_vocabulary_and_real_pairs(tiny_model: Path, shared_data: Path, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(shared_data / "pairs/train_ko_en")).select(range(400))
+    lines = [json.dumps({"anchor": row["anchor"], "positive": row["positive"]}, ensure_ascii=False) for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert_geometry_free(tmp_path, tiny_model, learning_rate=1e-3)
