@@ -168,8 +168,8 @@ def kill_at_random_moments(tmp_path: Path, tokenizer_folder: Path, num_kills: in
     rng = random.Random(0)
     killed = done = 0
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    longest = 3.0
-    for attempt in range(num_kills):
+    longest = 0.0
+    for attempt in range(-1, num_kills):  # the first is not killed, and tells how long one takes
         command = [sys.executable, str(script), str(source), str(out), str(tokenizer_folder), str(1 + attempt % 2)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
@@ -178,7 +178,7 @@ def kill_at_random_moments(tmp_path: Path, tokenizer_folder: Path, num_kills: in
         process.stdout.readline()  # imported
         started = time.monotonic()
         try:
-            process.wait(timeout=rng.uniform(0.0, longest))
+            process.wait(timeout=None if attempt < 0 else rng.uniform(0.0, 1.1 * longest))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
@@ -187,7 +187,7 @@ def kill_at_random_moments(tmp_path: Path, tokenizer_folder: Path, num_kills: in
             killed += 1
         else:
             assert process.returncode == 0
-            longest = min(longest, time.monotonic() - started)
+            longest = max(longest, time.monotonic() - started)
         if out.exists():
             done += 1
             assert PreparedPairs.open(out).fingerprint == summary.fingerprint
@@ -215,7 +215,7 @@ def test_killed_at_any_moment_it_leaves_nothing_or_all(tmp_path: Path, tokenizer
 def test_killed_at_20_random_moments(tmp_path: Path, tokenizer_folder: Path) -> None:
     killed, done = kill_at_random_moments(tmp_path, tokenizer_folder, num_kills=20, num_rows=6000)
     print(f"killed {killed}, done before {done}")
-    assert killed >= 10
+    assert killed >= 10 and done >= 1
 
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path, tokenizer_folder: Path) -> None:
