@@ -144,7 +144,8 @@ def _fail(message: str, hint: str | None, code: int, error: BaseException | None
 
 
 def main() -> None:
-    """Entry point of the `anchor` command."""
+    """Entry point of the `anchor` command. DeepSpeed's launcher adds an argument that its environment says, too."""
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     sys.exit(run())
 
 

@@ -8,6 +8,7 @@ The other ranks:         fd 1, 2 -> rank-N.log
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ class RankLog:
         _before_giving_back.clear()
         self._saved = os.dup(1), os.dup(2)
         self._reader: threading.Thread | None = None
+        self._pump_ended: int | None = None  # read end of a pipe that the pump closes when it has written everything
         self._closed = threading.Lock()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -58,6 +60,8 @@ class RankLog:
             stream.flush()
         os.dup2(self._saved[0], 1)
         os.dup2(self._saved[1], 2)
+        if self._pump_ended is not None:
+            select.select([self._pump_ended], [], [], _DRAIN_S)
         if self._reader:
             self._reader.join(_DRAIN_S)
         draw_on(None)
@@ -65,6 +69,7 @@ class RankLog:
     def _start_pump(self) -> int:
         """Start the pump; the file descriptor to write into."""
         read, write = os.pipe()
+        self._pump_ended, pump_ends = os.pipe()
         out = terminal = self._saved[1]
         on_terminal = os.isatty(terminal)
         if on_terminal:
@@ -73,8 +78,9 @@ class RankLog:
             self._reader = threading.Thread(target=self._print, args=(back,), name="rank-log", daemon=True)
             self._reader.start()
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("pump.py")), str(self.path)]
-        subprocess.run([*command, str(out), str(terminal)], stdin=read, pass_fds=(out, terminal), check=True)
+        subprocess.run([*command, str(out), str(terminal)], stdin=read, pass_fds=(out, terminal, pump_ends), check=True)
         os.close(read)
+        os.close(pump_ends)
         if on_terminal:
             os.close(out)
         return write
