@@ -11,15 +11,10 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +30,15 @@ from anchor_cli.data.near import BANDS, require_library
 from anchor_cli.data.pairs import FORMAT, MANIFEST, PreparedPairs
 from anchor_cli.data.prepare_page import write_html
 from anchor_cli.data.prepare_report import PrepareSummary, Tally
-from anchor_cli.data.rows import Prepared, Rejected, RowMaker, Share, Task, Work
+from anchor_cli.data.rows import Prepared, Rejected, Share, Task, Work
 from anchor_cli.data.shards import ShardWriter
 from anchor_cli.data.source_files import Limits
 from anchor_cli.data.sources import Asked, Source, open_source
 from anchor_cli.data.text import TextEncoder, eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.data.workers import in_order
 from anchor_cli.words.console import progress, say
 from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO, TEXT_TEMPLATE, TextContract, write_contract
-from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.words.errors import InputError
 from anchor_cli.words.files import staged_folder, write_json
 
 REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
@@ -147,7 +143,7 @@ def _write_all(
     tasks = _tasks(sources, shares, work.limits, names)
     processes = 1 if total is not None and total < _SMALL_ROWS else num_proc
     with progress("prepare", total, "rows") as bar:
-        for prepared in _in_order(tasks, work, processes):
+        for prepared in in_order(tasks, work, processes):
             keeper.take(names.popleft(), prepared)
             bar.advance(prepared.num_in)
     return keeper.finish(out, sources, work, options)
@@ -345,61 +341,3 @@ def _scratch(staged: Path) -> Iterator[Path]:
     folder = staged / "scratch"
     folder.mkdir()
     yield folder
-
-
-def _in_order(tasks: Iterator[Task], work: Work, num_proc: int) -> Iterator[Prepared]:
-    """`RowMaker` over the tasks, in this process or in `num_proc` others; at most a few parts are on their way."""
-    if num_proc <= 1:
-        with _one_thread_each():
-            yield from map(RowMaker(work), tasks)
-        return
-    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (work, os.getpid()))
-    underway: deque[Future[Prepared]] = deque()
-    try:
-        with _one_thread_each():
-            for task in tasks:
-                underway.append(pool.submit(_do, task))
-                if len(underway) > 2 * num_proc + 1:
-                    yield underway.popleft().result()
-            while underway:
-                yield underway.popleft().result()
-    except BrokenProcessPool:
-        remedy = "lower --num-proc or --max-characters"
-        raise RunError("a worker process died, as when memory runs out", remedy) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read by the library at every batch, inherited by workers
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-_maker: Callable[[Task], Prepared]
-
-
-def _start_worker(work: Work, parent: int) -> None:
-    global _maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    pa.set_cpu_count(1)
-    _maker = RowMaker(work)
-
-
-def _end_with(parent: int) -> None:
-    """A killed parent would leave its workers waiting for ever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def _do(task: Task) -> Prepared:
-    return _maker(task)
