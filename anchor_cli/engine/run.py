@@ -167,6 +167,7 @@ def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, 
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     source = settled.checkpoint or spec.model_name_or_path
+    watchdog.phase("start-up (model)", None)
     language_model = load_backbone(source, dtype=dtype, gradient_checkpointing=budget.checkpointing)
     liger = ranks.device.type == "cuda" and apply_liger(language_model)
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=settled.contract.pooling_mode)
@@ -174,6 +175,7 @@ def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, 
     if spec.torch_compile:
         for layer in language_model.get_decoder().layers:
             layer.compile(dynamic=True)
+    watchdog.phase("start-up (engine)", None)
     engine, optimizer = build_engine(model, spec, config, ranks.device)
     feed = Feed(settled.pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
     run = Run(spec, ranks, spec.run_folder, settled, plan, engine, optimizer, feed, kernel, liger)

@@ -260,7 +260,7 @@ class Training:
             if self.log:
                 self.log.event("checkpoint_failed", step, reason=str(error))
                 kept = f"checkpoint-{self.saved_step} stays" if self.saved_step is not None else "there is none yet"
-                again = f"; next try at step {self.retry_step}" if self.retry_step < self.run.last_step else ""
+                again = f"; next try at step {self.retry_step}" if self.retry_step <= self.run.last_step else ""
                 warn(f"checkpoint-{step} could not be written ({error}); {kept}{again}")
             return False
         self.retry_step = None
