@@ -140,7 +140,7 @@ def test_a_hub_data_set_is_streamed(
 
     def load_dataset(name: str, subset: str | None, *, split: str, streaming: bool) -> datasets.IterableDataset:
         asked.append((name, subset, split, streaming))
-        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+        return datasets.IterableDataset.from_generator(lambda: iter(ROWS))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     got = prepare(["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder, split="dev", subset="ko")
@@ -156,6 +156,20 @@ def test_no_network_is_said(tmp_path: Path, tokenizer_folder: Path, monkeypatch:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(RunError, match="org/pairs: no such file or folder, and the Hub does not give it"):
         prepare(["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder)
+
+
+def test_a_hub_that_stops_in_the_middle_is_said(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate() -> Iterator[dict[str, str]]:
+        yield from ROWS[:7]
+        raise TimeoutError("read timed out")
+
+    stream = datasets.IterableDataset.from_generator(generate)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    with pytest.raises(RunError, match="org/pairs: the Hub stopped giving after row 7: read timed out"):
+        prepare(["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_lists_of_positives_are_one_pair_each(tmp_path: Path, tokenizer_folder: Path) -> None:

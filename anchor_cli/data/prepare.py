@@ -42,7 +42,7 @@ from anchor_cli.words.errors import InputError
 from anchor_cli.words.files import staged_folder, write_json
 
 REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
-_SMALL_ROWS = 3000  # fewer are done before another process has started
+_SMALL_ROWS, _SMALL_BYTES = 3000, 1 << 20  # less is done before another process has started
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,10 @@ def _write_all(
     keeper = _Keeper(staged, scratch, near=options.near_duplicates)
     names: deque[str] = deque()
     tasks = _tasks(sources, shares, work.limits, names)
-    processes = 1 if total is not None and total < _SMALL_ROWS else num_proc
+    small = sum(source.num_bytes or _SMALL_BYTES for source in sources) < _SMALL_BYTES
+    small = small if total is None else total < _SMALL_ROWS
     with progress("prepare", total, "rows") as bar:
-        for prepared in in_order(tasks, work, processes):
+        for prepared in in_order(tasks, work, 1 if small else num_proc):
             keeper.take(names.popleft(), prepared)
             bar.advance(prepared.num_in)
     return keeper.finish(out, sources, work, options)

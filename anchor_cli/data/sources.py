@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anchor_cli.data.nanobeir import revision_of
 from anchor_cli.data.source_files import (
     Columns,
     Limits,
@@ -76,16 +77,25 @@ class HubSet:
 
         try:
             return datasets.load_dataset(self.identifier, self.subset, split=self.split, streaming=True)
-        except (ConnectionError, TimeoutError, OSError) as error:
-            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {_first_line(error)}"
-            raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
-        except (ValueError, datasets.exceptions.DatasetsError) as error:
+        except ValueError as error:  # no such subset or split
             remedy = "--split and --subset name parts of it"
             raise InputError(f"{self.identifier}: {_first_line(error)}", remedy) from None
+        except Exception as error:  # no network, no such set, no access: the libraries raise a dozen kinds
+            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {_first_line(error)}"
+            raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
 
     def rows(self, columns: Columns) -> Iterator[Row]:
-        """(query, document, language) of every row, as the Hub gives them."""
-        for row in self.open():
+        """(query, document, language) of every row, as the Hub gives them. Raises RunError when it stops giving."""
+        rows, number = iter(self.open()), 0
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                message = f"{self.identifier}: the Hub stopped giving after row {number}: {_first_line(error)}"
+                raise RunError(message, "run the same command again; it starts over") from None
+            number += 1
             language = row.get(columns.language) if columns.language else None
             yield row.get(columns.query), row.get(columns.document), language
 
@@ -100,6 +110,8 @@ class Source:
     """SHA-256 over its files' bytes; for the Hub, over the identifier, revision and split."""
     rows_hint: int | None
     """How many rows it has, for the progress bar; None when only reading would tell."""
+    num_bytes: int | None = None
+    """Of its files as they lie on the disk; None for the Hub."""
 
     def count_rows(self, limits: Limits) -> int:
         """Exactly how many rows it has: reads all of it."""
@@ -149,7 +161,7 @@ def open_source(spec: str, asked: Asked) -> Source:
             continue
         files.append(PairFile(str(path), choose_columns(names, str(path), asked), path))
     fingerprint, rows_hint = _look_at(paths)
-    return Source(spec, files, fingerprint, rows_hint)
+    return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
 
 
 def choose_columns(names: Sequence[str], where: str, asked: Asked) -> Columns:
@@ -274,7 +286,7 @@ def _hub_source(spec: str, asked: Asked) -> Source:
     names = stream.column_names or list(next(iter(stream), {}))
     info = stream.info
     sizes = {name: part.num_examples for name, part in (info.splits or {}).items()} if info is not None else {}
-    told = json.dumps([spec, hub.subset, hub.split, str(getattr(info, "download_checksums", None) or info.version)])
+    told = json.dumps([spec, hub.subset, hub.split, revision_of(spec)])
     name = f"{spec}[{hub.split}]"
     file = PairFile(name, choose_columns(names, name, asked), None, hub)
     return Source(spec, [file], hashlib.sha256(told.encode()).hexdigest(), sizes.get(hub.split))
