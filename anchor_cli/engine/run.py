@@ -25,7 +25,7 @@ from anchor_cli.engine.optimizer_state import load_optimizer_state, save_optimiz
 from anchor_cli.engine.plan_inputs import shape_of
 from anchor_cli.engine.watchdog import Watchdog
 from anchor_cli.model.attention import choose_kernel
-from anchor_cli.model.backbone import apply_liger, load_backbone
+from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.words import schedule
 from anchor_cli.words.console import say, warn
@@ -131,8 +131,11 @@ def _settle_first(spec: RunSpec) -> dict[str, Any]:
         data = setup.prepared_data(spec, contract)
         pairs = setup.open_data(data, contract)
         ckpt.sweep_partials(spec.run_folder)
-        answer = {"data": str(data.absolute()), "contract": contract.model_dump()}
-        return answer | setup.resume_point(spec, pairs.fingerprint)
+        answer: dict[str, Any] = {"data": str(data.absolute()), "contract": contract.model_dump()}
+        begun = setup.resume_point(spec, pairs.fingerprint)
+        if begun["checkpoint"]:
+            setup.require_contract_of(Path(begun["checkpoint"]), contract)
+        return answer | begun
     except AnchorError as error:
         return {"error": [error.message, error.hint, error.exit_code]}
     except OSError as error:
@@ -173,8 +176,9 @@ def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, 
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=settled.contract.pooling_mode)
     model.train()
     if spec.torch_compile:
-        for layer in language_model.get_decoder().layers:
-            layer.compile(dynamic=True)
+        compile_layers(language_model)
+        if ranks.device.type == "cuda":
+            model.output_layer.compile_softmax()
     watchdog.phase("start-up (engine)", None)
     engine, optimizer = build_engine(model, spec, config, ranks.device)
     feed = Feed(settled.pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
