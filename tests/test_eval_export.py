@@ -56,7 +56,7 @@ def sample(source: Path, folder: Path, num_queries: int, num_documents: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("num_queries", "num_documents"), [(40, 150), pytest.param(500, 12_000, marks=pytest.mark.slow)]
+    ("num_queries", "num_documents"), [(40, 150), pytest.param(200, 3_000, marks=pytest.mark.slow)]
 )
 def test_both_beir_folders(
     num_queries: int,

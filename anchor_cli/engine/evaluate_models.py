@@ -17,7 +17,7 @@ from anchor_cli.engine.evaluate import BenchmarkResult, evaluate_bm25, evaluate_
 from anchor_cli.model.retrieval import parse_metric
 from anchor_cli.words.console import progress, say
 from anchor_cli.words.contract import FILE_NAME
-from anchor_cli.words.errors import AnchorError, InputError, RunError
+from anchor_cli.words.errors import AnchorError, InputError
 from anchor_cli.words.run_folder import (
     TRAINING_STATE,
     checkpoint_step,
@@ -46,8 +46,7 @@ def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelP
     """The folders that `names` mean: paths, checkpoints of runs, Hub ids. Without names the newest of the last run.
 
     Raises:
-        InputError: not found, ambiguous, half-written, or not a model folder.
-        RunError: a model of the Hub cannot be fetched.
+        InputError: not found, here or on the Hub; ambiguous, half-written, or not a model folder.
     """
     if not names and default:
         run = last_run()
@@ -63,13 +62,12 @@ def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelP
 
 
 def _place(name: str) -> ModelPlace:
-    looks_like_hub = _HUB_ID.fullmatch(name) and checkpoint_step(name) is None and not Path(name).parent.exists()
     try:
         folder = find_checkpoint(name)
-    except InputError:
-        if not looks_like_hub or Path(name).exists():
+    except InputError as error:
+        if not _HUB_ID.fullmatch(name) or "checkpoint" in name or Path(name).parent.exists():
             raise
-        return _checked(name, _from_hub(name))
+        return _checked(name, _from_hub(name, error))
     return _checked(str(folder), folder)
 
 
@@ -89,7 +87,7 @@ def _checked(name: str, folder: Path) -> ModelPlace:
     raise InputError(f"{folder}: not a model: no config.json and no modules.json", hint)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, not_here: InputError) -> Path:
     from huggingface_hub import snapshot_download
 
     say(f"{name}: fetching from the Hub")
@@ -97,7 +95,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{name}: no such folder or checkpoint, and from the Hub: {first}") from error
+        raise InputError(f"{not_here.message}; nor on the Hub: {first}", not_here.hint) from error
 
 
 def evaluate_models(
