@@ -8,6 +8,7 @@ on the number of processes, and memory not on the number of rows. The folder app
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -318,7 +319,7 @@ def _leak_folder(options: Options, scratch: Path) -> Path | None:
 
 def _clear_unfinished(out: Path) -> None:
     """Remove what an earlier, killed run left beside `out`; refuse to work beside a live one."""
-    for left in out.parent.glob(f".{out.name}.partial-*"):
+    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*")):
         pid = left.name.rsplit("-", 1)[1]
         if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
             remedy = f"stop it, or remove {left} if that is another program"
