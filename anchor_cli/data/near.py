@@ -27,7 +27,8 @@ def require_library() -> None:
     try:
         import datasketch  # noqa: F401
     except ImportError:
-        raise InputError("--near-duplicates needs the package datasketch", "pip install 'anchor-cli[minhash]'") from None
+        remedy = "pip install 'anchor-cli[minhash]'"
+        raise InputError("--near-duplicates needs the package datasketch", remedy) from None
 
 
 def near_keys(pairs: Sequence[tuple[str, str]]) -> npt.NDArray[np.uint64]:
