@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from faults.harness import (
     Started,
     assert_bitwise,
+    environment,
     events,
     fork_server,
     largest_difference,
@@ -22,6 +25,7 @@ from faults.harness import (
 )
 
 from anchor_cli.engine.checkpoint import prune, verify_checkpoint
+from anchor_cli.engine.verify_resume import Verdict, difference
 from anchor_cli.words.run_folder import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -72,6 +76,7 @@ def test_killed_in_step_evaluation_and_save_it_ends_as_if_nothing_had_happened(w
     assert metrics(run) == metrics(whole)  # also: no line twice, none missing
     assert len(losses(run)) == 8
     assert_bitwise(run / "checkpoint-8", whole / "checkpoint-8")
+    assert difference(whole, run, 8).none  # what `anchor verify-resume` would say
     assert not list(run.glob(".checkpoint*"))
     state, want = (json.loads((path / "checkpoint-8/training_state.json").read_text()) for path in (run, whole))
     assert state["best"] == want["best"] and state["evaluated_step"] == 8
@@ -102,6 +107,10 @@ def test_another_number_of_processes_changes_rounding_only(world: World, whole: 
     for got, want in zip(losses(run), losses(whole), strict=True):
         assert got == pytest.approx(want, rel=1e-4)
     assert largest_difference(run / "checkpoint-8", whole / "checkpoint-8") < 1e-4
+    found = difference(whole, run, 8)
+    assert 0 < found.largest_number < 1e-4 and found.tensors_different and found.first_step
+    noisy = Verdict(4, 1, found, found)
+    assert noisy.passed and not noisy.exact and not Verdict(4, 1, found, None).passed
 
 
 def test_zero3_is_written_and_read_whole(world: World) -> None:
@@ -111,6 +120,21 @@ def test_zero3_is_written_and_read_whole(world: World) -> None:
     run = world.train("cut-zero3", **zero3)
     assert metrics(run) == metrics(whole)
     assert_bitwise(run / "checkpoint-4", whole / "checkpoint-4")
+
+
+@pytest.mark.slow
+def test_verify_resume_proves_it_with_real_processes(world: World) -> None:
+    spec = write_spec(world.folder, world.model, experiment_id="proved", eval_steps=2)
+    command = [sys.executable, "-m", "anchor_cli", "verify-resume", str(spec), "--steps", "2", "--json"]
+    done = subprocess.run(command, env=environment(world.folder / "home"), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["exact"] and found["passed"] and found["noise"] is None
+    assert found["resumed"]["numbers_compared"] == 4 * 6 and found["resumed"]["tensors_compared"] > 50
+    assert not list((world.folder / "out").glob(".verify-resume-*"))
+    command[command.index("2")] = "5"
+    done = subprocess.run(command, env=environment(world.folder / "home"), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 2 and "fewer than 10 steps" in done.stderr
 
 
 @pytest.mark.slow
