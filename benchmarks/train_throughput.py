@@ -42,7 +42,7 @@ from anchor_cli.data.plan import deal  # noqa: E402
 from anchor_cli.data.text import TextEncoder, TokenisedText, load_tokenizer  # noqa: E402
 from anchor_cli.engine import flops  # noqa: E402
 from anchor_cli.model.attention import choose_kernel  # noqa: E402
-from anchor_cli.model.backbone import apply_liger, load_backbone  # noqa: E402
+from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone  # noqa: E402
 from anchor_cli.model.packed import PairBatch, pack_pairs  # noqa: E402
 from anchor_cli.model.reconstruction import ReconstructionModel  # noqa: E402
 
@@ -88,13 +88,14 @@ class PackedTrainer:
             raise RuntimeError("liger-kernel is not installed or does not know this model")
         backbone.to(device)  # type: ignore[arg-type]
         if variant.compile:
-            for layer in backbone.get_decoder().layers:
-                layer.compile(dynamic=True)
+            compile_layers(backbone)
         self.device, self.budget = device, variant.budget
         self.kernel = choose_kernel(variant.kernel, device, dtype)
         if variant.kernel not in ("auto", self.kernel):
             raise RuntimeError(f"kernel {variant.kernel} cannot run here")
         self.model = ReconstructionModel(backbone, kernel=self.kernel)
+        if variant.compile and device.type == "cuda":
+            self.model.output_layer.compile_softmax()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-5, weight_decay=0.0, fused=True)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[PairBatch]:

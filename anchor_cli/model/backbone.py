@@ -65,6 +65,17 @@ def apply_liger(model: PreTrainedModel) -> bool:
     return True
 
 
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Regional `torch.compile`: each decoder layer by itself, sizes dynamic, attention left out (model/attention.py).
+
+    All layers and all batches share the same few graphs (counted: tests/test_compile.py). A layer that is checkpointed
+    is compiled child by child, because its own `forward` hands over to the checkpoint, which dynamo does not trace.
+    """
+    for layer in model.get_decoder().layers:
+        for region in layer.children() if getattr(layer, "gradient_checkpointing", False) else (layer,):
+            region.compile(dynamic=True, backend=backend)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """`config.json` of a local model folder, without importing the model. Raises InputError."""
     path = Path(folder) / "config.json"
