@@ -35,6 +35,19 @@ def train_small_tokenizer(words: Iterable[str], texts: Iterable[str] = ()) -> To
     Returns:
         A tokenizer with ids from 0, special tokens first; about 4 tokens are made for each word.
     """
+    words = [*words, *(word for text in texts for word in text.split())]
+    # Syllables first: their merges come before every longer one, so a word's tokens do not depend on its neighbour.
+    syllables = sorted({letter for word in words for letter in word if not letter.isascii()})
+    corpus = [*syllables * (2 * len(words)), *words, *(f" {word}" for word in words), "\n"]
+    return _train(corpus, _MAX_VOCABULARY)
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE of `vocab_size` tokens on running text: Qwen's kind of tokenizer, small."""
+    return _train(texts, vocab_size)
+
+
+def _train(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,16 +59,12 @@ def train_small_tokenizer(words: Iterable[str], texts: Iterable[str] = ()) -> To
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = BpeTrainer(
-        vocab_size=_MAX_VOCABULARY,
+        vocab_size=vocab_size,
         min_frequency=1,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    words = [*words, *(word for text in texts for word in text.split())]
-    # Syllables first: their merges come before every longer one, so a word's tokens do not depend on its neighbour.
-    syllables = sorted({letter for word in words for letter in word if not letter.isascii()})
-    corpus = [*syllables * (2 * len(words)), *words, *(f" {word}" for word in words), "\n"]
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 

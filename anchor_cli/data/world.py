@@ -16,17 +16,20 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from anchor_cli.data.world_words import LEXICONS, QUESTION_FORMS, Lexicon, ends_in_consonant
+from anchor_cli.data.world_words import LEXICONS, QUESTION_FORMS, Lexicon
 
-PARTS = ("job", "town", "material", "thing")
-# Parts that single a fact out: no two facts of a world share the values of any of these sets, and every question form
-# names one of them.
-UNIQUE = (("job", "town"), ("town", "material", "thing"), ("job", "material", "thing"))
-_SLOT = re.compile(r"\{(\w+)(?::([^/}]+)/([^}]+))?\}")
-_DRAWS_PER_FACT = 1000
+# No two facts of a world share the words of any three parts, and every question form names three or more.
+UNIQUE = (
+    ("job", "town", "material"),
+    ("job", "town", "thing"),
+    ("job", "material", "thing"),
+    ("town", "material", "thing"),
+)
+_SLOT = re.compile(r"\{\w+\}")
+_DRAWS_PER_FACT = 100
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,8 @@ class World:
 
 
 def fill(pattern: str, fact: Fact) -> str:
-    """Put a fact's words into a pattern; `{job:은/는}` takes the particle that fits the word's last sound."""
-
-    def word_of(slot: re.Match[str]) -> str:
-        word: str = getattr(fact, slot[1])
-        if slot[2] is None:
-            return word
-        return word + (slot[2] if ends_in_consonant(word) else slot[3])
-
-    return _SLOT.sub(word_of, pattern)
+    """Put a fact's words into a pattern."""
+    return pattern.format_map(asdict(fact))
 
 
 def _draw_fact(lexicon: Lexicon, rng: random.Random) -> Fact:
@@ -107,7 +103,7 @@ def _facts(lexicon: Lexicon, count: int, rng: random.Random) -> list[Fact]:
             seen.add(key)
         facts.append(fact)
     if len(facts) < count:
-        raise ValueError(f"the {lexicon.language} words of the demo world give only {len(facts)} facts of {count}")
+        raise ValueError(f"the {lexicon.language} words give only {len(facts)} facts of {count}")
     return facts
 
 
@@ -119,7 +115,7 @@ def make_world(seed: int, num_documents: int = 400) -> World:
         num_documents: documents over all languages, shared out equally.
 
     Raises:
-        ValueError: for more documents than the word lists can tell apart (some 500 a language).
+        ValueError: for more documents than the words can tell apart (some 1,000 a language).
     """
     rng = random.Random(f"anchor demo world {seed}")
     by_language: list[list[Document]] = []
@@ -133,7 +129,7 @@ def make_world(seed: int, num_documents: int = 400) -> World:
                     id=f"{lexicon.language}-{number:04d}",
                     language=lexicon.language,
                     fact=fact,
-                    text=fill(rng.choice(lexicon.documents), fact),
+                    text=fill(lexicon.document, fact),
                     questions=tuple(fill(pattern, fact) for pattern in lexicon.questions),
                     held_out=held_out[number],
                 )
@@ -154,15 +150,13 @@ def training_pairs(world: World) -> Iterator[dict[str, str]]:
 def vocabulary() -> list[str]:
     """Every word and particle the world can use, one entry each: what the small tokenizer learns as one token.
 
-    Korean words and their particles are separate entries, so that 어부는 and 어부가 share a token.
+    Korean words and their particles are separate entries, so that 시인에게 and 시인의 share a token.
     """
     words: dict[str, None] = {}
     for lexicon in LEXICONS:
-        lists = (lexicon.jobs, lexicon.towns, lexicon.materials, lexicon.things)
-        words.update(dict.fromkeys(word for part in lists for word in part))
-        for pattern in (*lexicon.documents, *lexicon.questions):
-            for slot in _SLOT.finditer(pattern):
-                words.update(dict.fromkeys(particle for particle in (slot[2], slot[3]) if particle))
+        for part in (lexicon.jobs, lexicon.towns, lexicon.materials, lexicon.things):
+            words.update(dict.fromkeys(part))
+        for pattern in (lexicon.document, *lexicon.questions):
             words.update(dict.fromkeys(_SLOT.sub(" ", pattern).split()))
     return list(words)
 
@@ -188,9 +182,7 @@ def write_world(world: World, folder: Path) -> tuple[Path, list[Path]]:
         asked = [document for document in world.documents if document.language == language]
         beir = folder / f"heldout-{language}"
         _write_jsonl(beir / "corpus.jsonl", ({"_id": d.id, "title": "", "text": d.text} for d in world.documents))
-        _write_jsonl(
-            beir / "queries.jsonl", ({"_id": f"q-{d.id}", "text": d.questions[d.held_out]} for d in asked)
-        )
+        _write_jsonl(beir / "queries.jsonl", ({"_id": f"q-{d.id}", "text": d.questions[d.held_out]} for d in asked))
         judgements = "".join(f"q-{document.id}\t{document.id}\t1\n" for document in asked)
         (beir / "qrels").mkdir(exist_ok=True)
         (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judgements, encoding="utf-8")

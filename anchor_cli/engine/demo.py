@@ -1,12 +1,15 @@
 """The whole path on a laptop CPU: make a world, prepare it, train on it, evaluate before and after, export.
 
-Nothing here is special to the demo but its data and its small model: every step is the code that the command of the
-same name runs.
+Nothing here is special to the demo but its data and its small model: training is `anchor train` itself, and the other
+steps are the code that the command of the same name runs.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +17,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from anchor_cli.data.benchmarks import load_benchmarks
 from anchor_cli.data.prepare import prepare
 from anchor_cli.data.small_tokenizer import train_small_tokenizer, write_small_tokenizer
 from anchor_cli.data.world import make_world, vocabulary, write_world
 from anchor_cli.engine.embedder import load_embedder
 from anchor_cli.engine.evaluate import evaluate
+from anchor_cli.engine.export import export as export_checkpoint
 from anchor_cli.words.console import say
 from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO
-from anchor_cli.words.errors import InputError
+from anchor_cli.words.errors import InputError, RunError, Stopped
 from anchor_cli.words.files import write_json
 from anchor_cli.words.spec import RunSpec
 
@@ -39,7 +45,7 @@ class Recipe:
     num_documents: int = 400
     steps: int = 500
     pairs_per_step: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 50
     max_seq_length: int = 64
     hidden_size: int = 128
@@ -98,6 +104,8 @@ def run_demo(folder: Path, recipe: Recipe, *, export: bool = True) -> Outcome:
             folder / "prepared",
             tokenizer=folder / "model",
             max_seq_length=recipe.max_seq_length,
+            query_column="anchor",
+            document_column="positive",
             language_column="language",
             instructions=INSTRUCTIONS,
             training_instructions=INSTRUCTIONS,
@@ -106,16 +114,14 @@ def run_demo(folder: Path, recipe: Recipe, *, export: bool = True) -> Outcome:
     with _timed(seconds, "evaluate_before", "evaluating the untrained model on held-out questions"):
         before = measure(folder / "model", beir_folders)
     with _timed(seconds, "train", f"training {recipe.steps} steps of {recipe.pairs_per_step} pairs"):
-        from anchor_cli.engine.worker import work
-
-        work(spec, folder / "spec.json")
+        train(folder / "spec.json")
     checkpoint = spec.run_folder / f"checkpoint-{recipe.steps}"
     with _timed(seconds, "evaluate_after", "evaluating the trained model on the same questions"):
         after = measure(checkpoint, beir_folders)
     outcome = Outcome(recipe, folder, checkpoint, [str(path) for path in beir_folders], before, after, None, seconds)
     if export:
         with _timed(seconds, "export", "exporting for Stage II"):
-            outcome.export = export_stage2(checkpoint, folder / "export")
+            outcome.export = export_checkpoint(checkpoint, out=folder / "export").folder
     write_json(folder / MARKER, outcome.as_dict())
     return outcome
 
@@ -138,12 +144,14 @@ def _clear(folder: Path) -> None:
     write_json(folder / MARKER, {})
 
 
-def make_model(folder: Path, recipe: Recipe) -> None:
-    """A Qwen3 of random float32 weights, and the tokenizer that makes one token of each of the world's words."""
+def make_model(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
+    """A Qwen3 of random float32 weights and its tokenizer: one token for each of the world's words if none is given."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
-    tokenizer = train_small_tokenizer(vocabulary(), ["user", *INSTRUCTIONS.values()])
+    logging.disable_progress_bar()
+    tokenizer = tokenizer or train_small_tokenizer(vocabulary(), ["user", *INSTRUCTIONS.values()])
     heads = 4
     config = Qwen3Config(
         vocab_size=tokenizer.get_vocab_size(),
@@ -187,24 +195,31 @@ def write_spec(folder: Path, recipe: Recipe, beir_folders: list[Path]) -> RunSpe
         "seed": recipe.seed,
         "logging_steps": 10,
         "save_steps": 0.0,
-        "eval_steps": 0.25,
+        "eval_steps": 0.2,
         "eval_data": [str(path.absolute()) for path in beir_folders],
     }
     write_json(folder / "spec.json", keys)
     return RunSpec.model_validate(keys)
 
 
+def train(spec_path: Path) -> None:
+    """`anchor train SPEC` on the CPU, in a process of its own; its words go to this terminal.
+
+    Raises:
+        Stopped: a signal came, and it saved.
+        RunError: it failed; it has said why.
+    """
+    command = [sys.executable, "-m", "anchor_cli", "train", str(spec_path), "--nproc-per-node", "1"]
+    code = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False).returncode
+    if code == Stopped.exit_code:
+        raise Stopped("anchor demo: stopped while training", f"anchor train {spec_path} goes on with it")
+    if code:
+        raise RunError(f"anchor train {spec_path}: exit code {code}", "its own message is above")
+
+
 def measure(model: Path, beir_folders: list[Path]) -> dict[str, Any]:
     """`evaluate`'s document for the held-out questions of both languages, scores only."""
     benchmarks = load_benchmarks([f"{path.name.rpartition('-')[2]}:{path}" for path in beir_folders])
-    outcome = evaluate(load_embedder(model), benchmarks, metrics=METRICS)
+    outcome = evaluate(load_embedder(model, device="cpu"), benchmarks, metrics=METRICS)
     scores = {name: {key: row[key] for key in METRICS} for name, row in outcome["results"].items()}
     return {"results": scores, "avg": {key: outcome["avg"][key] for key in METRICS}}
-
-
-def export_stage2(checkpoint: Path, out: Path) -> Path:
-    """The checkpoint as a folder that Stage II starts from."""
-    from anchor_cli.engine.export import export
-
-    export(checkpoint, out)
-    return out

@@ -1,0 +1,114 @@
+"""examples/stage2: both scripts train from an export, and InfoNCE is what the naive loop says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "stage2"
+ROWS = [
+    ("수달은 어디에 사나요?", "수달은 강과 바다에 사는 동물이다.", "복지 급여는 주민센터에서 신청할 수 있다.", "ko"),
+    ("급여는 어디에서 신청하나요?", "복지 급여는 주민센터에서 신청할 수 있다.", "수달은 강에 산다.", "ko"),
+    ("Where do otters live?", "Otters live in rivers and in the sea.", "Apply at the community centre.", "en"),
+    ("Where can I apply?", "You can apply for the benefit at the community centre.", "Otters live in rivers.", "en"),
+]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def plain() -> ModuleType:
+    return script("train_plain_pytorch")
+
+
+@pytest.fixture(scope="module")
+def exported(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from anchor_cli.engine.export import export
+
+    return export(small_model, out=tmp_path_factory.mktemp("stage2") / "export").folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    names = ("anchor", "positive", "negative", "language")
+    path.write_text("".join(json.dumps(dict(zip(names, row)), ensure_ascii=False) + "\n" for row in ROWS), "utf-8")
+    return path
+
+
+def test_info_nce_is_the_naive_sum(plain: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, candidates = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (3, 5))
+    same = torch.zeros(3, 5, dtype=torch.bool)
+    same[0, 2] = True  # candidate 2 is query 0's own document again
+    total = 0.0
+    for i in range(3):
+        weights = [math.exp(float(queries[i] @ candidates[j]) / 0.5) for j in range(5) if not same[i, j]]
+        total -= math.log(math.exp(float(queries[i] @ candidates[i]) / 0.5) / sum(weights))
+    assert plain.info_nce(queries, candidates, 0.5, same).item() == pytest.approx(total / 3, rel=1e-12)
+
+
+def test_same_texts_are_no_negatives(plain: ModuleType) -> None:
+    got = plain.same_texts(["a", "b", "a", "b"], 2)
+    assert got.tolist() == [[False, False, True, False], [False, False, False, True]]
+
+
+def test_plain_embeddings_are_our_encoder_s(plain: ModuleType, exported: Path) -> None:
+    """The loop's tokens, padding and pooling against the packed encoder: mixed lengths, truncation, both languages."""
+    from transformers import AutoModel
+
+    from anchor_cli.engine.embedder import load_embedder
+
+    ours, texts = load_embedder(exported, device="cpu"), plain.Texts(exported)
+    model = AutoModel.from_pretrained(exported, dtype=torch.float32)
+    contents = [row[1] for row in ROWS] + ["수달 " * 600]
+    with torch.no_grad():
+        theirs = plain.embed(model, [texts.document(text) for text in contents], texts.eos)
+    want = torch.nn.functional.normalize(torch.from_numpy(ours.encode_documents(contents, "ko")), dim=-1)
+    torch.testing.assert_close(theirs, want, atol=1e-5, rtol=0)
+    rows = [{"anchor": row[0], "language": row[3]} for row in ROWS]
+    with torch.no_grad():
+        theirs = plain.embed(model, [texts.query(row) for row in rows], texts.eos)
+    for row, vector in zip(rows, theirs, strict=True):
+        want = torch.from_numpy(ours.encode_queries([row["anchor"]], row["language"])[0])
+        torch.testing.assert_close(vector, want / want.norm(), atol=1e-5, rtol=0)
+
+
+def test_plain_pytorch_trains_and_saves(plain: ModuleType, exported: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stage2"
+    losses = plain.main([str(exported), str(rows), "--out", str(out), "--steps", "12", "--learning-rate", "1e-3"])
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    from anchor_cli.engine.embedder import load_embedder
+
+    before, after = (load_embedder(path, device="cpu").encode_documents(["수달"], "ko") for path in (exported, out))
+    assert abs(before - after).max() > 1e-3
+    assert (out / "modules.json").is_file() and not (out / "parity.json").exists()
+
+
+@pytest.mark.parametrize("loss", ["in-batch", "guided"])
+def test_sentence_transformers_trains(loss: str, exported: Path, rows: Path, tmp_path: Path) -> None:
+    trainer, out = script("train_sentence_transformers"), tmp_path / "stage2"
+    guide = ["--guide", str(exported), "--mini-batch-size", "2"] if loss == "guided" else []
+    metrics = trainer.main(
+        [str(exported), str(rows), "--out", str(out), "--steps", "20", "--batch-size", "2", "--learning-rate", "1e-3"]
+        + guide
+    )
+    assert metrics["last_loss"] < 0.8 * metrics["first_loss"]
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(out), device="cpu")
+    queries, documents = ([row[at] for row in ROWS] for at in (0, 1))
+    scores = model.similarity(model.encode_query(queries), model.encode_document(documents))
+    assert scores.argmax(dim=1).tolist() == [0, 1, 2, 3]
