@@ -7,14 +7,17 @@ The other ranks:         fd 1, 2 -> rank-N.log
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import traceback
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +147,20 @@ def log_only(line: str) -> None:
 def before_giving_back(work: Callable[[], None]) -> None:
     """Call `work` when the terminal is given back, however that comes: whoever draws on it stops then."""
     _before_giving_back.append(work)
+
+
+def let_through() -> None:
+    """Let what was written so far come through to the terminal, as well as can be known; 0.5 s at most."""
+    if _open_log is None:
+        return
+    sys.stderr.flush()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        waiting = array("i", [0])
+        fcntl.ioctl(2, termios.FIONREAD, waiting)
+        time.sleep(0.02)  # on its way through the pump and the thread
+        if not waiting[0]:
+            return
 
 
 def give_back() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anchor_cli.engine.hardware import gpu_of_device_name
 from anchor_cli.engine.panel import State, clock
-from anchor_cli.engine.rank_log import before_giving_back, log_only, printing
+from anchor_cli.engine.rank_log import before_giving_back, let_through, log_only, printing
 from anchor_cli.words import metric_names as names
 from anchor_cli.words.console import say, screen
 from anchor_cli.words.run_folder import RunFolder, checkpoint_step, read_json_lines
@@ -93,6 +93,8 @@ class Watch:
 
     def close(self) -> None:
         """Leave the panel as it is and give the terminal back."""
+        if self._live:
+            let_through()
         with printing:
             live, self._live = self._live, None
             if live:
