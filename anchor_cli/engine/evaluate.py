@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anchor_cli.engine.embedder import Embedder
 
 Advance = Callable[[int], None]
-_TEXTS_A_CALL = 2048  # sorted by length, so that the embedder's packing has much to choose from; one progress step
+_TEXTS_A_CALL = 512  # sorted by length; one step of the progress bar, and some two micro-batches for each of two ranks
 _BM25_TOKEN = re.compile(r"[\uac00-\ud7a3]+|[^\W\uac00-\ud7a3]+")
 
 
