@@ -1,0 +1,242 @@
+"""Who a process is by its environment, what is kept of what it writes, and the ways to start that need no launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults.harness import environment, losses, write_spec, write_world
+
+from anchor_cli.engine import launch
+from anchor_cli.words.errors import InputError
+
+NAMES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"),
+    *("SLURM_LOCALID", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR"),
+)
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+POD = {"RANK": "1", "WORLD_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+SRUN_NODES = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}
+SALLOC = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "ranks", "node"),
+    [
+        ({}, None, None),
+        (TORCHRUN, (3, 1, 4), None),
+        (POD, (1, 0, 2), (1, 2)),
+        (SRUN, (5, 1, 8), None),
+        (SRUN_NODES, (1, 0, 2), (1, 2)),
+        (SALLOC, None, None),
+        ({**SRUN, **TORCHRUN}, (3, 1, 4), None),  # torchrun started by srun: the inner launcher counts
+    ],
+)
+def test_who_a_process_is(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], ranks: object, node: tuple[int, int] | None
+) -> None:
+    set_environment(monkeypatch, env)
+    assert launch.environment_ranks() == ranks
+    assert launch.as_node() == node
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_processes_that_cannot_meet_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, SRUN)
+    with pytest.raises(InputError, match="MASTER_ADDR is not set"):
+        launch.complete_rendezvous()
+
+
+@pytest.mark.parametrize(
+    ("env", "want"),
+    [
+        ({**SRUN, "MASTER_ADDR": "node0"}, ("node0", "20000")),
+        ({**SRUN, "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, ("node0", "29500")),
+        ({**SRUN, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "123456"}, ("10.0.0.1", "23456")),
+    ],
+)
+def test_where_processes_meet(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], want: tuple[str, str]) -> None:
+    set_environment(monkeypatch, env)
+    launch.complete_rendezvous()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == want
+
+
+LAST_WORDS = """
+import os, sys
+from pathlib import Path
+from anchor_cli.engine.rank_log import rank_log
+with rank_log(Path(sys.argv[1]), int(sys.argv[2]), redirected=False):
+    print("from python")
+    os.write(2, b"from C\\n")
+    subprocess = os.system("echo from a child")
+    exec(sys.argv[3])
+print("after", file=sys.stderr)
+"""
+
+
+def rank(folder: Path, number: int, end: str, *, log: str | None = None) -> subprocess.CompletedProcess[str]:
+    if log:
+        (folder / f"rank-{number}.log").symlink_to(log)
+    command = [sys.executable, "-u", "-c", LAST_WORDS, str(folder), str(number), end]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_all_that_rank_0_writes_is_kept_and_goes_on(tmp_path: Path) -> None:
+    done = rank(tmp_path, 0, "pass")
+    want = ["from python", "from C", "from a child"]
+    assert done.stderr.splitlines() == [*want, "after"]
+    first, *rest = (tmp_path / "rank-0.log").read_text().splitlines()
+    assert first.startswith("--- ") and "rank 0 on" in first
+    assert rest == want
+
+
+@pytest.mark.parametrize("end", ["os.abort()", "os.kill(os.getpid(), 9)", "os._exit(3)"])
+def test_last_words_before_a_sudden_death_are_kept(tmp_path: Path, end: str) -> None:
+    done = rank(tmp_path, 0, f"os.write(2, b'last words\\n'); {end}")
+    assert done.returncode != 0
+    assert done.stderr.endswith("last words\n")
+    assert (tmp_path / "rank-0.log").read_text().endswith("last words\n")
+
+
+def test_an_error_is_in_the_log_too(tmp_path: Path) -> None:
+    done = rank(tmp_path, 0, "raise ValueError('what went wrong')")
+    assert done.stderr.count("what went wrong") == 1  # said once, by python here
+    log = (tmp_path / "rank-0.log").read_text()
+    assert "Traceback" in log and log.rstrip().endswith("ValueError: what went wrong")
+
+
+def test_a_full_disk_costs_lines_of_the_log_only(tmp_path: Path) -> None:
+    done = rank(tmp_path, 0, "pass", log="/dev/full")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["from python", "from C", "from a child", "after"]
+
+
+def test_other_ranks_do_not_talk(tmp_path: Path) -> None:
+    done = rank(tmp_path, 1, "pass")
+    assert (done.stdout, done.stderr) == ("", "after\n")
+    assert (tmp_path / "rank-1.log").read_text().splitlines()[1:] == ["from python", "from C", "from a child"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("launch")
+    write_world(place)
+    return place
+
+
+def start(
+    folder: Path, model: Path, name: str, envs: list[dict[str, str]], *arguments: str, **changes: object
+) -> list[subprocess.Popen[str]]:
+    """`anchor train` once for each environment, on one spec."""
+    base: dict[str, object] = {"experiment_id": name, "max_steps": 3, "eval_steps": 0, "save_steps": 0}
+    spec = write_spec(folder, model, **{**base, **changes})
+    port = str(launch.free_port())
+    command = [sys.executable, "-m", "anchor_cli", "train", str(spec), *arguments]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if len(envs) > 1 else {}
+    return [
+        subprocess.Popen(command, env=environment(folder / "home", **where, **env), cwd=folder, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        for env in envs
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]], seconds: float = 400.0) -> list[str]:
+    """What each said; a process that does not end in time is killed with all its children."""
+    end = time.monotonic() + seconds
+    try:
+        return [process.communicate(timeout=max(1.0, end - time.monotonic()))[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def pods(count: int) -> list[dict[str, str]]:
+    return [{"RANK": str(rank), "WORLD_SIZE": str(count)} for rank in range(count)]
+
+
+def test_two_pods_train_as_one_process_does(folder: Path, small_model: Path) -> None:
+    """Kubernetes: RANK and WORLD_SIZE of pods of one process. Sums are split in another way: fp32 rounding, no more."""
+    two = start(folder, small_model, "pods", pods(2))
+    said = finish(two)
+    assert [process.returncode for process in two] == [0, 0], said
+    assert "2 x cpu" in said[0]
+    assert said[1] == ""  # rank 0 alone talks
+    assert (folder / "out/pods/logs/rank-1.log").read_text().startswith("--- ")
+    one = start(folder, small_model, "alone", [{}])
+    said = finish(one)
+    assert one[0].returncode == 0, said
+    got, want = losses(folder / "out/pods"), losses(folder / "out/alone")
+    assert [step[0] for step in got] == [1, 2, 3]
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours[1:4] == pytest.approx(theirs[1:4], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_pods_start_two_workers_each(folder: Path, small_model: Path) -> None:
+    four = start(folder, small_model, "pods-of-two", pods(2), "--nproc-per-node", "2")
+    said = finish(four)
+    assert [process.returncode for process in four] == [0, 0], said
+    assert "4 x cpu" in said[0]
+    assert {path.name for path in (folder / "out/pods-of-two/logs").glob("*.log")} == {
+        f"rank-{i}.log" for i in range(4)
+    }
+
+
+def await_steps(run: Path, processes: list[subprocess.Popen[str]], num: int = 2) -> None:
+    end = time.monotonic() + 400
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < num:
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), finish(processes, 1)
+        time.sleep(0.1)
+
+
+def workers(run: Path) -> dict[int, int]:
+    """Process id by rank."""
+    states = [json.loads(path.read_text()) for path in (run / "logs/where").glob("rank-*.json")]
+    return {state["rank"]: state["pid"] for state in states}
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+VICTIMS: dict[str, Callable[[dict[int, int], list[subprocess.Popen[str]]], int]] = {
+    "rank 0": lambda ranks, _: ranks[0],
+    "a rank of the other node": lambda ranks, _: ranks[3],
+    "the other node's launcher": lambda _, processes: processes[1].pid,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_kill_ends_both_nodes(folder: Path, small_model: Path, victim: str) -> None:
+    name = f"killed-{victim.replace(' ', '-')}"
+    nodes = start(folder, small_model, name, pods(2), "--nproc-per-node", "2", max_steps=100_000)
+    run = folder / "out" / name
+    await_steps(run, nodes)
+    ranks = workers(run)
+    os.kill(VICTIMS[victim](ranks, nodes), signal.SIGKILL)
+    killed_s = time.monotonic()
+    said = finish(nodes, 60.0)
+    assert gone([*ranks.values(), *(node.pid for node in nodes)], 20.0), said
+    assert all(node.returncode not in (0, None) for node in nodes), said
+    print(f"{victim}: everybody gone after {time.monotonic() - killed_s:.1f} s")
