@@ -40,7 +40,12 @@ def export(
     if push_to_hub is not None:
         check_push(push_to_hub)
     done = write_export(
-        choose_checkpoint(checkpoint), out=out, dtype=dtype, max_shard_size=max_shard_size, force=force
+        choose_checkpoint(checkpoint),
+        out=out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        force=force,
+        name=push_to_hub,
     )
     document = done.as_dict()
     certificate = document["certificate"]

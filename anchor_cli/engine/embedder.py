@@ -180,6 +180,12 @@ def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
                 f"{folder}: its tokenizer is not the one the model was trained with",
                 hint="put back the tokenizer.json that belongs to this checkpoint",
             )
+        if eos_of(tokenizer, contract.text_template) != (contract.eos_token, contract.eos_token_id):
+            raise InputError(
+                f"{Path(folder) / FILE_NAME}: [EOS] {contract.eos_token!r} with id {contract.eos_token_id} is not what "
+                f"closes its text_template",
+                hint="put back the anchor.json that belongs to this checkpoint",
+            )
         return contract
     default = TextContract(tokenizer_fingerprint=fingerprint)
     eos_token, eos_token_id = eos_of(tokenizer, default.text_template)

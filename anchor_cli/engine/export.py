@@ -27,7 +27,7 @@ from anchor_cli.engine.certificate import certify
 from anchor_cli.engine.checkpoint import verify_checkpoint
 from anchor_cli.engine.embedder import contract_of
 from anchor_cli.engine.export_tokenizer import write_tokenizer
-from anchor_cli.engine.model_card import model_card
+from anchor_cli.engine.model_card import licence_file, model_card
 from anchor_cli.model.backbone import read_config
 from anchor_cli.words.console import say, warn
 from anchor_cli.words.contract import FILE_NAME as CONTRACT
@@ -100,6 +100,7 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     force: bool = False,
+    name: str | None = None,
 ) -> Export:
     """Write, certify and name the export of `checkpoint`.
 
@@ -108,6 +109,7 @@ def export(
         dtype: of the weights, a key of `DTYPES`; default as in the checkpoint.
         max_shard_size: largest weight file, such as `5GB`.
         force: replace an export that is already there; nothing else is ever replaced.
+        name: what the model card calls it, such as its Hub id; default the folder's name.
 
     Raises:
         InputError: the checkpoint is damaged or no model; `out` exists; a wrong option.
@@ -123,6 +125,7 @@ def export(
         raise InputError(f"--dtype {chosen}: expected one of {', '.join(DTYPES)}")
     _check_room(final, checkpoint, DTYPES[chosen] / DTYPES.get(stored, 4))
     _say_state_of_run(checkpoint)
+    _sweep(final)
     with _words_for_disk_errors(checkpoint, final), _placed(final, force) as folder:
         dimension = _write_weights(checkpoint, folder, chosen, max_shard_size)
         _write_rest(checkpoint, folder, final, contract, dimension)
@@ -131,7 +134,7 @@ def export(
         for line in parity["not_checked"]:
             warn(f"not certified: {line}")
         write_json(folder / PARITY, parity)
-        _write_card(checkpoint, folder, final, contract, chosen, dimension, parity)
+        _write_card(checkpoint, folder, name or final.name, contract, chosen, dimension, parity)
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
     return Export(final, checkpoint, chosen, parity)
@@ -219,6 +222,14 @@ def _placed(final: Path, force: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _sweep(final: Path) -> None:
+    """Remove what an export to the same place left when it was killed; one that is still running is let alone."""
+    for folder in final.parent.glob(f".{final.name}.*partial-*"):
+        process = folder.name.rpartition("-")[2]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write_weights(checkpoint: Path, folder: Path, dtype: str, max_shard_size: str) -> int:
     """Weights and configs as transformers writes them. Returns the embedding's dimension."""
     import torch
@@ -252,15 +263,18 @@ def _write_rest(checkpoint: Path, folder: Path, final: Path, contract: TextContr
 def _write_card(
     checkpoint: Path,
     folder: Path,
-    final: Path,
+    name: str,
     contract: TextContract,
     dtype: str,
     dimension: int,
     parity: dict[str, Any],
 ) -> None:
     state = files.read_training_state(checkpoint)
+    licence = licence_file(state)
+    if licence is not None:
+        shutil.copyfile(licence, folder / "LICENSE")
     card = model_card(
-        final.name,
+        name,
         contract,
         dtype=dtype,
         dimension=dimension,
@@ -268,5 +282,6 @@ def _write_card(
         scores=files.scores_of(checkpoint, state),
         counts=files.data_counts(state),
         parity=parity,
+        has_licence_file=licence is not None,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -16,10 +16,10 @@ import torch
 try:
     from sentence_transformers.base.modules.module import Module
 except ImportError:  # before 5.4
-    from sentence_transformers.models import Module
+    from sentence_transformers.models import Module  # type: ignore[no-redef]
 
 
-class ContentPooling(Module):  # type: ignore[misc]  # the library is not typed
+class ContentPooling(Module):
     """The (weighted) mean of a text's states from the end of its prompt on.
 
     A prompt ends in "; ". A tokenizer either joins that blank to the first word, which is then content, or leaves it
@@ -29,7 +29,7 @@ class ContentPooling(Module):  # type: ignore[misc]  # the library is not typed
     config_keys = ["embedding_dimension", "pooling_mode", "space_token_ids"]
 
     def __init__(self, embedding_dimension: int, pooling_mode: str, space_token_ids: list[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.embedding_dimension = embedding_dimension
         self.pooling_mode = pooling_mode
         self.space_token_ids = space_token_ids

@@ -28,10 +28,11 @@ def model_card(
     scores: dict[str, Any],
     counts: dict[str, Any] | None,
     parity: dict[str, Any],
+    has_licence_file: bool,
 ) -> str:
     """The whole text, with the YAML head that the Hub reads. Nothing in it names a host, a user or a token."""
     sections = [
-        _head(contract, state),
+        _head(contract, state, has_licence_file),
         f"# {name}",
         _what_it_is(contract, state, dtype, dimension),
         "## Training\n\n" + _training(state, counts),
@@ -58,12 +59,19 @@ def licence_of(state: dict[str, Any]) -> str:
     return next((licence for start, licence in _KNOWN_LICENCES.items() if base.startswith(start)), "other")
 
 
-def _head(contract: TextContract, state: dict[str, Any]) -> str:
+def licence_file(state: dict[str, Any]) -> Path | None:
+    """The base model's own licence, where that is a local folder with one."""
+    base = state.get("spec", {}).get("model_name_or_path")
+    path = Path(base).expanduser() / "LICENSE" if base else None
+    return path if path and path.is_file() else None
+
+
+def _head(contract: TextContract, state: dict[str, Any], has_licence_file: bool) -> str:
     lines = ["---", "language:", *(f"- {language}" for language in contract.instructions if language != "*")]
     licence = licence_of(state)
     lines.append(f"license: {licence}")
     if licence == "other":
-        lines += ["license_name: see-base-model", "license_link: LICENSE"]
+        lines += ["license_name: see-base-model", *(["license_link: LICENSE"] if has_licence_file else [])]
     base = base_model(state)
     if base and "/" in base:
         lines.append(f"base_model: {base}")

@@ -11,19 +11,26 @@ from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.text import eos_of, load_tokenizer, tokenizer_fingerprint
 from anchor_cli.engine.checkpoint import newest_whole, read_state
 from anchor_cli.words.console import say, warn
-from anchor_cli.words.contract import TextContract
+from anchor_cli.words.contract import FILE_NAME as CONTRACT
+from anchor_cli.words.contract import TextContract, differences, read_contract
 from anchor_cli.words.errors import InputError
 from anchor_cli.words.spec import NOT_OF_THE_RESULT, RunSpec
 
 _PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless; data has a fingerprint
+_OF_THE_MODEL = frozenset({"text_template", "pooling_mode", "eos_token", "eos_token_id", "tokenizer_fingerprint"})
+"""What a trained model cannot do otherwise; length and instructions are the next run's to choose."""
 _BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
 
 
 def contract_for(spec: RunSpec) -> TextContract:
-    """The text contract that this spec trains under, with its model's tokenizer. Raises InputError."""
+    """The text contract that this spec trains under, with its model's tokenizer.
+
+    Raises:
+        InputError: no tokenizer, or the model is a checkpoint or export that was trained under another contract.
+    """
     tokenizer = load_tokenizer(spec.model_name_or_path)
     eos_token, eos_token_id = eos_of(tokenizer, spec.text_template)
-    return TextContract(
+    contract = TextContract(
         text_template=spec.text_template,
         instructions=spec.query_instructions,
         training_instructions=spec.training_instructions,
@@ -33,6 +40,29 @@ def contract_for(spec: RunSpec) -> TextContract:
         eos_token_id=eos_token_id,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
+    require_contract_of(Path(spec.model_name_or_path).expanduser(), contract)
+    return contract
+
+
+def require_contract_of(model: Path, contract: TextContract) -> None:
+    """Refuse a model folder whose `anchor.json` promises another treatment of texts; without one anything goes.
+
+    Raises:
+        InputError: the first difference; the hint says how to agree.
+    """
+    if not (model / CONTRACT).is_file():
+        return
+    found = [line for line in differences(read_contract(model), contract) if line.split(":")[0] in _OF_THE_MODEL]
+    if any(line.startswith("tokenizer_fingerprint") for line in found):
+        raise InputError(
+            f"{model}: was trained with another tokenizer than this run's",
+            "take the tokenizer.json that belongs to it, and data prepared with that",
+        )
+    if found:
+        raise InputError(
+            f"{model}: was trained under another text contract: {found[0]}",
+            f"put the first value into the spec, or begin from a model without {CONTRACT}",
+        )
 
 
 def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
