@@ -18,6 +18,7 @@ from anchor_cli.engine.deepspeed_versions import refused_deepspeed
 from anchor_cli.engine.doctor import Check, Probe, Wishes
 
 ROOT = Path(__file__).parents[1]
+KURE = ROOT / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
 
 
 def ask(probe: Probe, wishes: Wishes | None = None) -> list[Check]:
@@ -275,9 +276,9 @@ def test_gradients_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_command_json_and_exit_code(tmp_path: Path) -> None:
-    """On this very host: one JSON document on stdout; the exit code says whether anything failed."""
+    """On this very host, with a run's eyes: one JSON document on stdout; the exit code says whether anything failed."""
     done = subprocess.run(
-        [sys.executable, "-m", "anchor_cli.commands.cli", "doctor", "--json"],
+        [sys.executable, "-m", "anchor_cli", "doctor", str(KURE), "--json"],
         capture_output=True, text=True, timeout=240, cwd=tmp_path, env=_environment(),
     )  # fmt: skip
     found = json.loads(done.stdout)
@@ -288,6 +289,8 @@ def test_command_json_and_exit_code(tmp_path: Path) -> None:
     counts = {s: sum(check["status"] == s for check in found["checks"]) for s in ("ok", "warn", "fail")}
     assert found["counts"] == counts
     assert done.returncode == (1 if counts["fail"] else 0)
+    disk = found["checks"][names.index("disk")]["message"]
+    assert disk.endswith("GB free for output/stage_I/Qwen3-0.6B-q2d-d2q-WO-PEFT")
     reduced = found["checks"][names.index("all-reduce")]
     assert re.search(r"(gloo|nccl) over \d+ (processes|GPUs), [\d.]+ GB/s", reduced["message"]), reduced
     assert list(tmp_path.iterdir()) == []
