@@ -57,11 +57,13 @@ def time_training(spec: Path, data: Path | None) -> dict[str, float]:
         command = [HELP[0], "train", str(spec), "--set", f"output_dir={folder}", "--set", "stop_after_n_steps=2",
                    "--set", "experiment_id=startup", "--set", "save_steps=0", "--set", "eval_steps=0"]  # fmt: skip
         command += ["--set", f"dataset_file_path={data}"] if data else []
-        start = time.time()
+        used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env={**os.environ, "ANCHOR_HOME": folder})
         lines = (Path(folder) / "startup" / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["time"] - start for line in lines if "train/loss" in line]
-    return {"first_step_s": steps[0], "second_step_s": steps[1], "whole_s": time.time() - start}
+        whole, now = time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime
+    return {"first_step_s": steps[0], "second_step_s": steps[1], "whole_s": whole, "cpu_s": cpu}
 
 
 def grown(prepared: Path, num_rows: int, out: Path) -> Path:
