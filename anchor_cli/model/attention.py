@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from anchor_cli.words.errors import InputError
 
@@ -219,14 +218,13 @@ def _packed_attention(
     return out[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The packed kernels need no mask: text boundaries are in `cu_seqlens`."""
-
-
 def register() -> None:
-    """Make `attn_implementation="anchor_packed"` known to transformers. Calling it again changes nothing."""
+    """Make `attn_implementation="anchor_packed"` known to transformers. Calling it again changes nothing.
+
+    No mask function is registered: transformers then makes none (masking_utils.py, `_preprocess_mask_arguments`), and
+    does not look for text boundaries in the position ids either.
+    """
     AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
 
 
 def _parameter_names(function: Any) -> frozenset[str]:
