@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -297,3 +299,37 @@ def test_korean_text_is_cut_by_its_width() -> None:
     assert cut("한국어 문장", 6) == "한국…"
     assert cut("한국어", 6) == "한국어"
     assert cut("a\n b", 10) == "a b"
+
+
+RANK = """
+import json, sys
+import torch.distributed as dist
+from anchor_cli.data.benchmarks import load_benchmarks
+from anchor_cli.engine.embedder import load_embedder
+from anchor_cli.engine.evaluate import evaluate
+rank, world, (meeting, model, data) = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+embedder = load_embedder(model, device="cpu", batch_tokens=100)
+alone = evaluate(embedder, load_benchmarks([data]))
+embedder._group = dist.group.WORLD
+print("RESULT" + json.dumps([evaluate(embedder, load_benchmarks([data])), alone]))
+"""
+
+
+@pytest.mark.slow
+def test_every_rank_gets_the_same_numbers(small_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    (folder / "qrels").mkdir(parents=True)
+    texts = [f"문서 {i} " + "수달 강 바다 sea river " * (i % 7) for i in range(41)]
+    for name, rows in (("corpus", texts), ("queries", texts[5:8])):
+        lines = [json.dumps({"_id": f"{name[0]}{i}", "text": text}) for i, text in enumerate(rows)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "qrels" / "test.tsv").write_text("q0\tc5\t1\nq1\tc9\t2\nq2\tc7\t1\n", encoding="utf-8")
+    command = [sys.executable, "-c", RANK]
+    rest = ["3", str(tmp_path / "meeting"), str(small_model), str(folder)]
+    ranks = [subprocess.Popen([*command, str(rank), *rest], stdout=subprocess.PIPE, text=True) for rank in range(3)]
+    said = [json.loads(process.communicate(timeout=540)[0].split("RESULT")[1]) for process in ranks]
+    assert said[0] == said[1] == said[2]
+    shared, alone = said[0]
+    for key, want in alone["avg"].items():
+        assert shared["avg"][key] == pytest.approx(want, abs=1e-5), key
