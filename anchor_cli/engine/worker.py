@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import time
@@ -55,6 +56,7 @@ def work(
 def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag, rank: int) -> None:
     from anchor_cli.engine.extension_locks import clear_stale_locks
 
+    faulthandler.enable()  # a crash (SIGSEGV, SIGBUS of a file that shrank) leaves its stack in the log
     clear_stale_locks()
     from anchor_cli.engine.deepspeed_engine import leave_processes, start_processes
     from anchor_cli.engine.run import open_run

@@ -34,6 +34,8 @@ from faults.harness import (
 from anchor_cli.engine.checkpoint import verify_checkpoint
 from anchor_cli.words.run_folder import list_checkpoints
 
+LONG = {"max_steps": 400, "save_steps": 50, "eval_steps": 0}
+
 
 class World:
     """A folder with data, a model, and one run that nothing happened to."""
@@ -156,6 +158,17 @@ def test_data_that_cannot_be_read_is_refused(world: World, whole: Path) -> None:
     assert code == 2 and "damaged" in said and "Traceback" not in said, said
 
 
+def test_data_that_vanish_under_a_run_are_told_as_such(world: World, whole: Path) -> None:
+    data = world.folder / "vanishing"
+    shutil.copytree(next((world.folder / "out/prepared").iterdir()), data)
+    spec = LONG | {"dataset_file_path": str(data)}
+    started = world.start("vanishing", "--nproc-per-node", "2", spec=spec)
+    await_phase(world.run("vanishing"), "step")
+    os.truncate(max(data.glob("*.arrow"), key=lambda path: path.stat().st_size), 0)
+    assert started.wait(60) == 1, started.said
+    assert "was killed by SIGBUS" in started.said and "memory-mapped file became unreadable" in started.said
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
@@ -181,8 +194,9 @@ def poisoned(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder, "Z"
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_that_is_not_finite_changes_nothing_and_can_be_replayed_and_skipped(
-    poisoned: tuple[Path, str], tmp_path: Path
+    poisoned: tuple[Path, str], tmp_path: Path, precision: str
 ) -> None:
     model, word = poisoned
     world = World(tmp_path, model)
@@ -196,7 +210,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_can_be_replayed_and_skipp
 
     steps = sorted({int(list(epoch_order(64, 42, 0)).index(row)) // 8 for row in marked})
     first = steps[0]
-    spec = {"save_steps": 1, "eval_steps": 0}
+    spec = {"save_steps": 1, "eval_steps": 0, "precision": precision}
+    spec |= {"deepspeed": "zero2_fp32" if precision == "float32" else "zero2_bf16"}
     code, said = world.end("run", spec=spec, ranks=2)
     run = world.run("run")
     assert code == 1, said
@@ -245,9 +260,6 @@ def hears(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
-LONG = {"max_steps": 400, "save_steps": 50, "eval_steps": 0}
 
 
 @pytest.mark.parametrize("phase", ["step", "saving", "evaluation"])
@@ -360,18 +372,24 @@ def test_a_tracker_that_raises_costs_a_warning(world: World, whole: Path, tmp_pa
         "class Settings:\n"
         "    def __init__(self, **_): pass\n"
         "class Run:\n"
-        "    id, logged = 'abc', 0\n"
+        "    logged = 0\n"
+        "    def __init__(self, id): self.id = id or 'abc'\n"
         "    def log(self, *_, **__):\n"
         "        self.logged += 1\n"
         "        if self.logged > 2: raise RuntimeError('wandb is down')\n"
         "    def finish(self): raise ConnectionError('still down')\n"
-        "def init(**_): return Run()\n"
+        "def init(id, **_):\n"
+        "    print('wandb.init with id', id, flush=True)\n"
+        "    return Run(id)\n"
     )
     paths = f"{tmp_path}:{Path(__file__).parents[2]}"
     more = {"PYTHONPATH": paths, "WANDB_DISABLED": "", "WANDB_MODE": "offline"}
-    code, said = world.end("wandb-raises", spec={"report_to": "wandb"}, **more)
+    code, said = world.end("wandb-raises", spec={"report_to": "wandb", "stop_after_n_steps": 4}, **more)
     assert code == 0, said
+    assert "wandb.init with id None" in said
     assert "wandb stopped taking metrics (RuntimeError: wandb is down)" in said, said
+    code, said = world.end("wandb-raises", spec={"report_to": "wandb"}, **more)
+    assert code == 0 and "wandb.init with id abc" in said, said  # the same W&B run goes on
     run = world.run("wandb-raises")
     assert metrics(run) == metrics(whole)
     state = json.loads((run / "checkpoint-8/training_state.json").read_text())
