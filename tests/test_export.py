@@ -24,6 +24,7 @@ from anchor_cli.engine.export import Export, export
 from anchor_cli.words.errors import InputError, RunError
 from anchor_cli.words.run_folder import remember_run
 
+REPOSITORY = Path(__file__).parents[1]
 PASSED = {
     "passed": True,
     "num_texts": 1,
@@ -86,6 +87,9 @@ def test_the_folder_is_whole_and_certified(exported: Export) -> None:
         "modules.json sentence_bert_config.json config_sentence_transformers.json 1_Pooling 2_Normalize "
         "llm2vec_config.json anchor.json spec.json scores.json stage_II.json parity.json README.md".split()
     )
+    page = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+    undocumented = {name for name in names if name.replace("model.safe", "model*.safe") not in page}
+    assert not undocumented
     parity = json.loads((exported.folder / "parity.json").read_text())
     assert parity["passed"] and parity["not_checked"] == [] and parity["num_truncated"] > 5
     ways = {(check["against"], check["batch_size"], check["padding_side"]) for check in parity["checks"]}
@@ -127,6 +131,24 @@ def test_sentence_transformers_finds_prompts_pooling_and_length(exported: Export
     for theirs, vectors in pairs:
         np.testing.assert_allclose(theirs, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-6)
     assert model.max_seq_length == 48 and model.similarity_fn_name == "cosine"
+
+
+def test_code_in_the_style_of_llm2vec_gets_our_vectors(exported: Export) -> None:
+    """It sets the pad token, pads left, writes the whole template itself, and takes the last state."""
+    from transformers import AutoModel, AutoTokenizer
+
+    settings = json.loads((exported.folder / "llm2vec_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    texts = ["수달은 강과 바다에 산다.", "a", "Otters live in rivers. " * 40]
+    templated = [f"<|im_start|>user\n{text.strip()}<|im_end|>" for text in texts]
+    batch = tokenizer(
+        templated, return_tensors="pt", padding=True, truncation=True, max_length=settings["doc_max_length"]
+    )
+    with torch.no_grad():
+        theirs = AutoModel.from_pretrained(exported.folder)(**batch).last_hidden_state[:, -1].numpy()
+    ours = load_embedder(exported.folder).encode_documents(texts, "ko")
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 
 def test_the_code_of_the_model_card_gives_our_vectors(exported: Export) -> None:
