@@ -134,6 +134,34 @@ def stop_agreed(flag: StopFlag, group: dist.ProcessGroup | None) -> bool:
     return bool(votes.item())
 
 
+def stop_with_launcher(generations: int) -> None:
+    """Stop as SIGTERM does (finish the step, save, leave with 75) when another's launcher is gone, whatever killed it.
+
+    `generations`: 1 watches the parent; 2 the parent's parent, too (`deepspeed` starts a launcher of its own).
+    """
+    begun = ancestors(generations)
+
+    def watch() -> None:
+        while ancestors(generations) == begun:
+            time.sleep(0.5)
+        sys.stderr.write("anchor: the launcher is gone; this rank finishes its step, saves and ends\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stop-with-launcher", daemon=True).start()
+
+
+def ancestors(generations: int) -> list[int]:
+    """Process ids of the parent, its parent, …: so many (Linux; the parent alone elsewhere)."""
+    found = [os.getppid()]
+    while len(found) < generations:
+        try:
+            stat = Path("/proc", str(found[-1]), "stat").read_text()
+        except OSError:
+            break
+        found.append(int(stat.rpartition(")")[2].split()[1]))
+    return found
+
+
 def die_with_parent(parent: int) -> None:
     """End this worker within a second when the launcher (process `parent`) is gone: no orphans, whatever killed it."""
 

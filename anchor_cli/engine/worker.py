@@ -12,7 +12,7 @@ from pathlib import Path
 
 from anchor_cli.engine.launch import LAUNCHED, environment_ranks, prepare_run_folder
 from anchor_cli.engine.rank_log import rank_log
-from anchor_cli.engine.signals import StopFlag, die_with_parent
+from anchor_cli.engine.signals import StopFlag, die_with_parent, stop_with_launcher
 from anchor_cli.engine.watchdog import (
     LostPeer,
     Watchdog,
@@ -27,7 +27,8 @@ from anchor_cli.words.errors import AnchorError, Stopped
 from anchor_cli.words.files import write_json
 from anchor_cli.words.spec import RunSpec
 
-FOREIGN_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # set by torchrun and by DeepSpeed for their workers
+FOREIGN_LAUNCHERS = {"TORCHELASTIC_RUN_ID": 1, "CROSS_RANK": 2}
+"""What torchrun and DeepSpeed set for their workers, and how many processes above a worker are the launcher."""
 _RANK_0_SPEAKS_S = 0.5
 
 
@@ -45,8 +46,10 @@ def work(
         flag = StopFlag()
         flag.install()
     launcher, rank = os.environ.get(LAUNCHED), (environment_ranks() or (0, 0, 1))[0]
-    if launcher or FOREIGN_LAUNCHERS & os.environ.keys():
-        die_with_parent(int(launcher or os.getppid()))
+    if launcher:
+        die_with_parent(int(launcher))
+    elif watched := [generations for name, generations in FOREIGN_LAUNCHERS.items() if name in os.environ]:
+        stop_with_launcher(max(watched))
     prepare_run_folder(spec.run_folder)
     with quiet_if_said(spec, rank), rank_log(spec.run_folder / "logs", rank, redirected=bool(launcher)):
         _work(spec, spec_path, skip_steps, flag, rank)
