@@ -57,7 +57,7 @@ def deal(lengths: npt.NDArray[np.integer], num_bins: int) -> tuple[IntArray, Int
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of one step as every rank sees them: `micro_batches[rank][i]` are the dataset rows of one micro-batch."""
+    """The rows of one step, the same on every rank: `micro_batches[rank][i]` are the rows of one micro-batch."""
 
     step: int
     epoch: int
