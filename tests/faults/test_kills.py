@@ -1,6 +1,6 @@
 """kill -9 at random moments of every phase: the run that is started again each time ends bit for bit the same.
 
-`python tests/faults/test_kills.py` (with the repository on the path) prints the table that docs/reliability.md shows.
+`PYTHONPATH=tests:. python tests/faults/test_kills.py MODEL KILLS RANKS` counts the kills that docs/reliability.md shows.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ def await_own_phase(run: Path, started: Started, phase: str) -> bool:
     return False
 
 
-def kill_and_continue(folder: Path, model: Path, num_kills: int, seed: int, **spec: Any) -> Counter[str]:
-    """Start one run again and again, killed each time, until it ends; as many runs as it takes. Kills by phase."""
+def kill_and_continue(
+    folder: Path, model: Path, num_kills: int, seed: int, ranks: int = 1, **spec: Any
+) -> Counter[str]:
+    """Start one run again and again, killed each time, until it ends; as many runs as it takes. Kills by phase.
+
+    With several ranks one of them is killed, and the others must end by themselves.
+    """
     rng = random.Random(seed)
     kills: Counter[str] = Counter()
     whole = folder / "out" / "whole"
     arguments = ["train", str(write_spec(folder, model, experiment_id="whole", **SPEC, **spec))]
-    assert fork_server().run(arguments, folder)[0] == 0
+    assert fork_server().run(arguments, folder, ranks=ranks)[0] == 0
     number = 0
     while sum(kills.values()) < num_kills:
         number += 1
@@ -50,15 +55,15 @@ def kill_and_continue(folder: Path, model: Path, num_kills: int, seed: int, **sp
         run = folder / "out" / name
         arguments = ["train", str(write_spec(folder, model, experiment_id=name, **SPEC, **spec))]
         for _ in range(200):
-            started = fork_server().start(arguments, folder)
+            started = fork_server().start(arguments, folder, ranks=ranks)
             phase = rng.choice(PHASES)
+            victim = rng.randrange(ranks)
             if sum(kills.values()) < num_kills and await_own_phase(run, started, phase):
                 time.sleep(rng.uniform(0.0, 0.06))
-                started.send(signal.SIGKILL)
-            code = started.wait()
-            if code == 0:
+                started.send(signal.SIGKILL, rank=victim)
+            if started.wait() == 0:
                 break
-            assert code == -signal.SIGKILL, started.said
+            assert started.codes[victim] == -signal.SIGKILL and 0 not in started.codes, (started.codes, started.said)
             kills[phase] += 1
         assert metrics(run) == metrics(whole)
         assert_bitwise(run / "checkpoint-24", whole / "checkpoint-24")
@@ -83,12 +88,12 @@ def test_fifty_kills(small_model: Path, tmp_path: Path, precision: str) -> None:
 
 
 def main() -> None:
-    model, num_kills = Path(sys.argv[1]), int(sys.argv[2])
+    model, num_kills, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     for precision, config in (("float32", "zero2_fp32"), ("bfloat16", "zero2_bf16")):
         with tempfile.TemporaryDirectory() as folder:
             write_world(Path(folder))
-            kills = kill_and_continue(Path(folder), model, num_kills, 0, precision=precision, deepspeed=config)
-            print(precision, dict(kills), flush=True)
+            kills = kill_and_continue(Path(folder), model, num_kills, 0, ranks, precision=precision, deepspeed=config)
+            print(precision, ranks, dict(kills), flush=True)
 
 
 if __name__ == "__main__":
