@@ -1,6 +1,6 @@
 """kill -9 at random moments of every phase: the run that is started again each time ends bit for bit the same.
 
-`PYTHONPATH=tests:. python tests/faults/test_kills.py MODEL KILLS RANKS` counts the kills that docs/reliability.md shows.
+`PYTHONPATH=tests:. python tests/faults/test_kills.py MODEL KILLS RANKS` counts what docs/reliability.md shows.
 """
 
 from __future__ import annotations
