@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,6 +192,18 @@ def test_spec_scores_and_stage_two(exported: Export) -> None:
     }
 
 
+def test_the_recipe_reads_the_stage_two_config(run: Path, uncertified: None) -> None:
+    import runpy
+
+    folder = export(run / "checkpoint-4", out=run / "for-stage2").folder
+    path = folder / "stage_II.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": 3e-5, "num_train_epochs": 2}))
+    script = runpy.run_path(str(REPOSITORY / "examples" / "stage2" / "train_sentence_transformers.py"))
+    want = {"epochs": 2, "batch_size": 64, "learning_rate": 3e-5, "temperature": 0.05, "seed": 42, "bf16": False}
+    assert script["defaults_of"](str(folder)) == want
+    assert script["defaults_of"]("Qwen/Qwen3-0.6B") == {}
+
+
 @pytest.mark.parametrize("mode", ["last_token", "mean", "weighted_mean"])
 def test_other_pooling_modes_are_certified_too(
     mode: str, small_model: Path, tmp_path: Path, certified_here: None
@@ -357,6 +370,15 @@ def test_a_checkpoint_removed_by_its_run_meanwhile(
     monkeypatch.setattr(exporting, "write_tokenizer", gone)
     refused("was removed while it was being exported", "newer", RunError, lambda: export(checkpoint))
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_what_a_killed_export_left_is_removed(run: Path, uncertified: None) -> None:
+    gone, running = (run / f".swept.partial-{process}" for process in (2**22 + 1, os.getpid()))
+    for folder in (gone, running):
+        folder.mkdir()
+    exporting._sweep(run / "swept")
+    assert not gone.exists() and running.exists()
+    running.rmdir()
 
 
 def test_a_run_in_progress_is_said(run: Path, uncertified: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,11 @@ The prompts (template, instruction), the closing [EOS] and the pooling come with
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from sentence_transformers import (
     SentenceTransformer,
@@ -67,6 +69,17 @@ def make_loss(model: SentenceTransformer, args: argparse.Namespace) -> Any:
     return CachedGISTEmbedLoss(model, guide, temperature=args.temperature, mini_batch_size=args.mini_batch_size)
 
 
+def defaults_of(export: str) -> dict[str, Any]:
+    """Options that the export's stage_II.json sets; what is said on the command line goes before it."""
+    path = Path(export) / "stage_II.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    keys = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+    named = {name: config[keys.get(name, name)] for name in [*keys, "learning_rate", "temperature", "seed"]}
+    return named | {"bf16": config["bf16"] and torch.cuda.is_available()}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train and save; returns the trainer's metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +95,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--temperature", type=float, default=0.05, help="divides cosines; 0.05 is a scale of 20")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for GPUs")
     parser.add_argument("--seed", type=int, default=42)
+    parser.set_defaults(**defaults_of(parser.parse_known_args(arguments)[0].export))
     args = parser.parse_args(arguments)
 
     model = SentenceTransformer(args.export)
