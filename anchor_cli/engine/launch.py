@@ -211,8 +211,7 @@ def complete_rendezvous() -> None:
     env = os.environ
     ranks = environment_ranks()
     if ranks is None or ranks[2] == 1:
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(free_port()))
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))  # whatever is set: it meets nobody
         return
     address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
     if not address:
