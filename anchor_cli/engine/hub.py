@@ -1,70 +1,48 @@
-"""Putting an export on the Hugging Face Hub: private unless asked otherwise, the token from the environment only."""
+"""A Hub that does not answer costs ten seconds, not the minutes of its library's retries."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.words.console import warn
+from anchor_cli.words.spec import RunSpec
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKEN = "HF_TOKEN"
-
-
-def check_push(repo: str) -> None:
-    """What would stop a push, said before the export is made.
-
-    Raises:
-        InputError: not NAMESPACE/NAME, no token in the environment, or the Hub is switched off.
-    """
-    if not _REPO.fullmatch(repo):
-        raise InputError(f"--push-to-hub {repo}: expected NAMESPACE/NAME, such as my-team/kure-stage1")
-    if not os.environ.get(_TOKEN):
-        raise InputError(f"--push-to-hub {repo}: no token", f"set {_TOKEN} in the environment; it is written nowhere")
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise InputError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set", "unset it to push")
+PATIENCE_S = 10.0
 
 
-def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Create the repository if it is not there and upload `folder` in one commit. Returns its address.
+def needs_hub(spec: RunSpec) -> bool:
+    """Whether a run names anything that is not a file here: its model, or a benchmark."""
+    if not Path(spec.model_name_or_path).expanduser().exists():
+        return True
+    if not (spec.eval_steps or spec.eval_on_start):
+        return False
+    if spec.eval_data is None:
+        return True
+    return not all(Path(name).exists() or Path(name.partition(":")[2]).is_dir() for name in spec.eval_data)
 
-    In the uploaded `stage_II.json` the model is the repository; it and `spec.json` go without local paths.
 
-    Raises:
-        RunError: the Hub refused or could not be reached; the local export stays.
-        InputError: the repository exists and is public, and a private one was asked for.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=os.environ[_TOKEN])
+def answers(endpoint: str, patience_s: float = PATIENCE_S) -> bool:
+    """Whether anything at all comes back from the Hub's address in time."""
     try:
-        address = str(api.create_repo(repo, private=private, exist_ok=True))
-        if private and not api.repo_info(repo).private:
-            raise InputError(f"--push-to-hub {repo}: exists and is public", "--public pushes there all the same")
-        operations = [
-            CommitOperationAdd(str(path.relative_to(folder)), _without_paths(path, repo))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        ]
-        api.create_commit(repo, operations, commit_message="Export of anchor")
-    except InputError:
-        raise
-    except Exception as error:  # the library raises its own, requests' and httpx' kinds
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(os.environ[_TOKEN], "***")
-        raise RunError(f"--push-to-hub {repo}: {first}", f"the export itself is whole: {folder}") from error
-    return address
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=patience_s):
+            return True
+    except urllib.error.HTTPError:
+        return True  # an answer, if a rude one
+    except (OSError, ValueError):
+        return False
 
 
-def _without_paths(path: Path, repo: str) -> str | bytes:
-    """A file to upload: its path, or the bytes of a JSON file without this machine's paths."""
-    if path.name not in ("stage_II.json", "spec.json"):
-        return str(path)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("dataset_file_path", "output_dir", "deepspeed", "eval_data"):
-        content.pop(key, None)
-    base = str(content.get("model_name_or_path", ""))
-    base = Path(base).name if base.startswith(("/", ".", "~")) else base
-    content["model_name_or_path"] = repo if path.name == "stage_II.json" else base
-    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+def use_the_cache_when_the_hub_is_silent(spec: RunSpec) -> None:
+    """Go offline when a Hub that the run would ask does not answer: what is cached is used, the rest is an error.
+
+    Called before huggingface_hub is imported, which reads its environment once.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on") or not needs_hub(spec):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if not answers(endpoint):
+        warn(f"{endpoint} does not answer within {PATIENCE_S:.0f} s; going on with what is cached (HF_HUB_OFFLINE=1)")
+        os.environ["HF_HUB_OFFLINE"] = "1"

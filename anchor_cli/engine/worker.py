@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from anchor_cli.engine.hub import use_the_cache_when_the_hub_is_silent
 from anchor_cli.engine.launch import LAUNCHED, environment_ranks, prepare_run_folder
 from anchor_cli.engine.rank_log import rank_log
 from anchor_cli.engine.signals import StopFlag, die_with_parent, stop_with_launcher
@@ -59,6 +60,7 @@ def work(
 def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag, rank: int) -> None:
     from anchor_cli.engine.extension_locks import clear_stale_locks
 
+    use_the_cache_when_the_hub_is_silent(spec)
     faulthandler.enable()  # a crash (SIGSEGV, SIGBUS of a file that shrank) leaves its stack in the log
     clear_stale_locks()
     from anchor_cli.engine.deepspeed_engine import leave_processes, start_processes
