@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,13 @@ class Settings:
 
 
 SETTINGS = {
-    "world": Settings(400, 100, 32, 3e-3, 1e-3, 0.05, 64, (100, 200, 300, 400), (0, 5, 10, 20, 30, 40, 60, 80, 100)),
-    "pairs": Settings(300, 100, 32, 2e-3, 1e-3, 0.05, 48, (150, 300), (0, 10, 20, 40, 60, 80, 100)),
+    "world": Settings(240, 60, 24, 4e-3, 1e-3, 0.05, 64, (80, 160, 240), (0, 5, 10, 20, 40, 60)),
+    "pairs": Settings(160, 60, 24, 3e-3, 1e-3, 0.05, 48, (80, 160), (0, 10, 20, 40, 60)),
 }
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2}
+NUM_WORLD_DOCUMENTS = 100
+NUM_QUERIES = 200  # of the real benchmark's test queries
+VOCABULARY = 2048  # tokens learned on the real rows
 
 
 @dataclass
@@ -102,14 +107,16 @@ class Bench:
 
 
 def world_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Bench:
-    """200 documents of the demo's world, the demo's model at half the width."""
-    train, beir = write_world(make_world(seed, 200), folder / "world")
-    make_model(folder / "model", Recipe(seed=seed, hidden_size=96, intermediate_size=192, num_layers=3))
+    """A quarter of the demo's world, the demo's model at half the width and two layers."""
+    train, beir = write_world(make_world(seed, NUM_WORLD_DOCUMENTS), folder / "world")
+    make_model(folder / "model", Recipe(seed=seed, **SHAPE))
     prepare(
         [str(train)],
         folder / "prepared",
         tokenizer=folder / "model",
         max_seq_length=settings.max_seq_length,
+        query_column="anchor",
+        document_column="positive",
         language_column="language",
         training_instructions=INSTRUCTIONS,
     )
@@ -118,30 +125,33 @@ def world_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Be
 
 
 def pairs_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Bench:
-    """Real Korean rows and the BEIR folder that belongs to them; a byte-level BPE of 4,096 tokens learned on them.
+    """The Korean rows of the shared pairs and the BEIR folder that belongs to them; a byte-level BPE learned on them.
 
-    The benchmark keeps every document and 400 of its test queries; rows that hold one of them are left out.
+    The benchmark keeps every document and some of its test queries; rows that ask one of these are left out.
     """
     from datasets import load_from_disk
 
     from anchor_cli.data.small_tokenizer import train_text_tokenizer, write_small_tokenizer
 
-    source, beir = shared / "data" / "pairs" / "train_ko_en", shared / "data" / "beir" / "welfare-ko"
-    rows = load_from_disk(str(source))
-    tokenizer = train_text_tokenizer((text for row in rows for text in row.values()), vocab_size=4096)
-    make_model(folder / "model", Recipe(seed=seed, hidden_size=96, intermediate_size=192, num_layers=3), tokenizer)
+    benchmark = load_benchmarks([f"ko:{shared / 'data' / 'beir' / 'welfare-ko'}"])[0]
+    asked = sorted(benchmark.qrels)
+    kept = [asked[at] for at in np.random.default_rng(0).permutation(len(asked))[:NUM_QUERIES]]
+    queries = {query: benchmark.queries[query] for query in kept}
+    benchmark = replace(benchmark, queries=queries, qrels={query: benchmark.qrels[query] for query in kept})
+    rows = load_from_disk(str(shared / "data" / "pairs" / "train_ko_en"))
+    texts = set(queries.values())
+    train = [row for row in rows if re.search("[가-힣]", row["anchor"]) and row["anchor"] not in texts]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train), encoding="utf-8")
+    tokenizer = train_text_tokenizer((text for row in train for text in row.values()), VOCABULARY)
+    make_model(folder / "model", Recipe(seed=seed, **SHAPE), tokenizer)
     write_small_tokenizer(tokenizer, folder / "model")
-    benchmark = load_benchmarks([f"ko:{beir}"])[0]
-    asked = sorted(benchmark.queries)
-    kept = set(np.random.default_rng(0).permutation(len(asked))[:400].tolist())
-    benchmark.queries = {query: benchmark.queries[query] for at, query in enumerate(asked) if at in kept}
-    benchmark.qrels = {query: benchmark.qrels[query] for query in benchmark.queries}
     prepare(
-        [str(source)],
+        [str(folder / "train.jsonl")],
         folder / "prepared",
         tokenizer=folder / "model",
         max_seq_length=settings.max_seq_length,
-        exclude=[],
+        query_column="anchor",
+        document_column="positive",
     )
     return Bench(folder / "model", PreparedPairs.open(folder / "prepared"), [benchmark])
 
@@ -196,7 +206,7 @@ def stage_one(
 def stage_two(model: ReconstructionModel, bench: Bench, settings: Settings, seed: int) -> Iterator[dict[str, Any]]:
     """Contrastive training with in-batch negatives, equal documents excepted; yields as `stage_one`, from step 0."""
     pairs, size = bench.pairs, settings.pairs_per_step
-    order = np.concatenate([epoch_order(pairs.num_rows, seed + 1000, epoch) for epoch in range(10)])
+    order = np.concatenate([epoch_order(pairs.num_rows, seed + 1000, epoch) for epoch in range(4)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     loss = torch.zeros(())
     for step in range(settings.steps_two + 1):

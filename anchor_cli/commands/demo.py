@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to work in; an earlier demo in it is replaced.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the weights and the order of rows.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 700,
     documents: Annotated[int, typer.Option(min=12, max=800, help="Documents of the world.")] = 400,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

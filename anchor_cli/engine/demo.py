@@ -43,7 +43,7 @@ class Recipe:
 
     seed: int = 0
     num_documents: int = 400
-    steps: int = 500
+    steps: int = 700
     pairs_per_step: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50

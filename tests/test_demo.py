@@ -1,0 +1,58 @@
+"""`anchor demo`: the whole path in small; chance; what it refuses. The full demo's score is the slow test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anchor_cli.engine.demo import Outcome, Recipe, run_demo
+from anchor_cli.words.errors import InputError
+
+
+def anchor(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "ANCHOR_HOME": str(home), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-m", "anchor_cli", *arguments], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_whole_path_in_small(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    done = anchor("demo", "--out", str(out), "--steps", "3", "--documents", "24", "--json", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got == json.loads((out / "demo.json").read_text("utf-8"))
+    assert set(got["after"]["results"]) == {"ko/heldout-ko", "en/heldout-en"} == set(got["before"]["results"])
+    assert (out / "run" / "checkpoint-3" / "model.safetensors").is_file()
+    assert (out / "export" / "modules.json").is_file() and (out / "export" / "parity.json").is_file()
+    steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert steps[-1]["step"] == 3 and any("eval/avg/ndcg@10" in line for line in steps)
+    assert "What to type next" in done.stderr and "held-out questions, 24 documents" in done.stderr
+
+
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and was not made by anchor demo"):
+        run_demo(tmp_path, Recipe())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_chance_is_what_random_orders_get() -> None:
+    outcome = Outcome(Recipe(num_documents=40), Path(), Path(), [], {}, {})
+    ranks = np.random.default_rng(0).integers(1, 41, size=200_000)  # of the right document in a random order
+    want = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
+    assert outcome.chance == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.slow
+def test_held_out_questions_are_answered(tmp_path: Path) -> None:
+    """Issue 2, point 9: from chance to at least 0.8 among 400 documents. Some minutes on two cores."""
+    outcome = run_demo(tmp_path / "demo", Recipe(seed=3), export=False)
+    assert outcome.before["avg"]["ndcg@10"] < 0.15
+    assert outcome.after["avg"]["ndcg@10"] >= 0.8
