@@ -35,7 +35,7 @@ def export(
     """Write one folder that transformers, sentence-transformers, LLM2Vec and Stage II training load right."""
     from anchor_cli.engine.export import choose_checkpoint
     from anchor_cli.engine.export import export as write_export
-    from anchor_cli.engine.hub import check_push, push
+    from anchor_cli.engine.hub_push import check_push, push
 
     if push_to_hub is not None:
         check_push(push_to_hub)

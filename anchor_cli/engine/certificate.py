@@ -175,12 +175,14 @@ def _by_transformers(subject: _Subject, ours: _Encoded) -> Iterator[Check]:
     model = AutoModel.from_pretrained(str(subject.folder), dtype=torch.float32)
     starts = [text.content_start for text in subject.tokenised]
     texts = [group.prompt + text for group in subject.groups for text in group.texts]
+    longest_first = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     for batch_size, side in BATCH_SIZES:
-        ids: list[list[int]] = []
-        vectors = []
+        ids: list[list[int]] = [[] for _ in texts]
+        vectors = np.zeros_like(ours.vectors)
         for begin in range(0, len(texts), batch_size):
+            chosen = longest_first[begin : begin + batch_size]
             batch = tokenizer(
-                texts[begin : begin + batch_size],
+                [texts[index] for index in chosen],
                 padding=True,
                 padding_side=side,
                 truncation=True,
@@ -188,10 +190,11 @@ def _by_transformers(subject: _Subject, ours: _Encoded) -> Iterator[Check]:
             )
             with torch.no_grad():
                 states = model(**batch).last_hidden_state
-            for row, kept in zip(range(len(states)), batch["attention_mask"].bool()):
-                ids.append(batch["input_ids"][row][kept].tolist())
-                vectors.append(_pooled(states[row][kept], starts[begin + row], subject.contract.pooling_mode))
-        theirs = _Encoded(ours.names, ids, np.stack(vectors))
+            for row, index in enumerate(chosen):
+                kept = batch["attention_mask"][row].bool()
+                ids[index] = batch["input_ids"][row][kept].tolist()
+                vectors[index] = _pooled(states[row][kept], starts[index], subject.contract.pooling_mode)
+        theirs = _Encoded(ours.names, ids, vectors)
         yield compare("transformers", batch_size, side, subject.reference(ours), theirs)
 
 

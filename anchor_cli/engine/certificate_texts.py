@@ -57,7 +57,10 @@ class Group:
 
 
 def groups(contract: TextContract, encoder: TextEncoder) -> list[Group]:
-    """The fixed texts as documents, and as queries of every language of the contract."""
+    """The fixed texts as documents, and as queries of every language of the contract.
+
+    Long ones, which cost most, are documents of all languages and queries of their own language only.
+    """
     named = prompts(contract)
     kinds: list[tuple[str, str | None]] = [("document", None)]
     kinds += [(f"query_{language}", text) for language, text in contract.instructions.items() if language != "*"]
@@ -66,8 +69,9 @@ def groups(contract: TextContract, encoder: TextEncoder) -> list[Group]:
         texts = [text for sentences in SENTENCES.values() for text in sentences] + list(ODD)
         if contract.pooling_mode in ("eos_token", "last_token"):  # the others have nothing to pool in an empty text
             texts += EMPTY
-        for sentences in SENTENCES.values():
-            texts += around_the_limit(encoder, instruction, sentences[-1])
+        language = name.removeprefix("query_")
+        for long in SENTENCES if instruction is None else [language if language in SENTENCES else next(iter(SENTENCES))]:
+            texts += around_the_limit(encoder, instruction, SENTENCES[long][-1])
         found.append(Group(name, named[name], instruction, texts))
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.engine.hub import check_push, push
+from anchor_cli.engine.hub_push import check_push, push
 from anchor_cli.words.errors import InputError, RunError
 
 TOKEN = "hf_secretOfTheTest"
