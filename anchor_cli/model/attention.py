@@ -58,14 +58,14 @@ def sdpa_kernel(
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # the CPU flash kernel does not take grouped heads; repeating keeps it off the slow math kernel
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        key, value = (t[:, :, None].expand(-1, -1, groups, -1).flatten(1, 2) for t in (key, value))
     runs = [(length, sum(1 for _ in equal)) for length, equal in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     outs = []
     for (length, count), *parts in zip(runs, *(t.split(sizes) for t in (query, key, value)), strict=True):
         q, k, v = (t.unflatten(0, (count, length)).transpose(1, 2) for t in parts)
         outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
 def varlen_kernel(
