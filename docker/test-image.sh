@@ -4,6 +4,7 @@
 #   bash docker/test-image.sh                 with docker when its daemon answers, else with buildah (no daemon needed)
 #   BASE=localhost/base bash docker/test-image.sh     on another base image; with buildah and no network to a registry
 #                                             a base is made by debootstrap when BASE is not given
+#   BUILD=no bash docker/test-image.sh        try the image as it was built last
 # Honoured when set: PIP_FIND_LINKS (a folder of wheels, mounted read-only), PIP_CERT, TORCH_INDEX, DEMO_STEPS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,8 +42,11 @@ build() {
 }
 
 config() {  # one field of the image's configuration, as JSON
-    if [ "$TOOL" = docker ]; then docker image inspect --format "{{json .Config.$1}}" "$IMAGE"
-    else buildah inspect --type image --format "{{json .OCIv1.Config.$1}}" "$IMAGE"; fi
+    { if [ "$TOOL" = docker ]; then docker image inspect "$IMAGE"; else buildah inspect --type image "$IMAGE"; fi; } |
+        python3 -c 'import json, sys
+found = json.load(sys.stdin)
+config = found[0]["Config"] if isinstance(found, list) else found["OCIv1"]["config"]
+print(json.dumps(config.get(sys.argv[1]), separators=(",", ":")))' "$1"
 }
 
 in_image() {  # run a command line in the image as its own user
@@ -60,13 +64,15 @@ else fail "neither a docker daemon nor buildah is here"; fi
 if command -v hadolint >/dev/null; then step "hadolint"; hadolint Dockerfile && echo "clean"
 else echo "hadolint is not installed: skipped"; fi
 
-if [ "$TOOL" = buildah ] && [ -z "${BASE:-}" ]; then make_base; BASE=localhost/base; fi
+if [ "$TOOL" = buildah ] && [ -z "${BASE:-}" ] && [ "${BUILD:-yes}" != no ]; then make_base; BASE=localhost/base; fi
 [ -z "${PIP_FIND_LINKS:-}" ] || : "${TORCH_INDEX=}"
 
-step "building $IMAGE with $TOOL"
-began=$SECONDS
-build
-echo "built in $((SECONDS - began)) s"
+if [ "${BUILD:-yes}" != no ]; then
+    step "building $IMAGE with $TOOL"
+    began=$SECONDS
+    build
+    echo "built in $((SECONDS - began)) s"
+fi
 if [ "$TOOL" = buildah ]; then
     CONTAINER="$(buildah from "$IMAGE")"
     trap 'buildah rm "$CONTAINER" >/dev/null' EXIT
