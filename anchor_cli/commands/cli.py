@@ -143,8 +143,16 @@ def _fail(message: str, hint: str | None, code: int, error: BaseException | None
     return code
 
 
+def _keep_stdout_for_results() -> None:
+    """transformers imports accelerate, that imports DeepSpeed, and DeepSpeed logs to stdout where there is no GPU."""
+    import logging
+
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
 def main() -> None:
     """Entry point of the `anchor` command. DeepSpeed's launcher adds an argument that its environment says, too."""
+    _keep_stdout_for_results()
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     sys.exit(run())
 
