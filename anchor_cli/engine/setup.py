@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
             text_template=contract.text_template,
             instructions=contract.instructions,
             training_instructions=contract.training_instructions,
+            num_proc=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         )
     return folder
 
