@@ -70,7 +70,8 @@ def groups(contract: TextContract, encoder: TextEncoder) -> list[Group]:
         if contract.pooling_mode in ("eos_token", "last_token"):  # the others have nothing to pool in an empty text
             texts += EMPTY
         language = name.removeprefix("query_")
-        for long in SENTENCES if instruction is None else [language if language in SENTENCES else next(iter(SENTENCES))]:
+        own = [language if language in SENTENCES else next(iter(SENTENCES))]
+        for long in SENTENCES if instruction is None else own:
             texts += around_the_limit(encoder, instruction, SENTENCES[long][-1])
         found.append(Group(name, named[name], instruction, texts))
     return found
