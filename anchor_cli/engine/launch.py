@@ -175,7 +175,8 @@ def judge(ended: list[Ended], signals: list[int]) -> None:
     unknown = f"failed with exit code {first.code}; see logs/rank-{first.rank}.log"
     what = first.failure.message if first.failure else unknown
     hint = (first.failure.hint if first.failure else None) or _AGAIN
-    raise (InputError if first.code == 2 else RunError)(f"rank {first.rank}: {what}", hint=hint)
+    named = what if what.startswith("rank ") else f"rank {first.rank}: {what}"
+    raise (InputError if first.code == 2 else RunError)(named, hint=hint)
 
 
 _AGAIN = "run the same command again to continue"
