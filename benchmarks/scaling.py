@@ -6,7 +6,8 @@
 
 `plan`: seconds and peak memory (a process of its own each) of the plan of three epochs at 128 rows a step, and seconds
 to cut one step at the start and at the end of the run. `length`: seconds per token of one micro-batch of about 4,096
-tokens in texts of one length. `epoch`: seconds of equally large steps along a run: the slope says whether they grow.
+tokens in texts of one length. `epoch`: seconds of equally large steps along a run, the slope says whether they grow.
+On a CPU the last two count the process's own CPU time.
 """
 
 from __future__ import annotations
@@ -70,6 +71,16 @@ def plan(args: argparse.Namespace) -> None:
               flush=True)  # fmt: skip
 
 
+def clock() -> float:
+    """Seconds: of this process on a CPU (other processes on the machine slow it less), of the wall on a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def length(args: argparse.Namespace) -> None:
     import torch
     from train_throughput import PackedTrainer, Variant, make_model
@@ -86,9 +97,9 @@ def length(args: argparse.Namespace) -> None:
             pairs = list(zip(texts[::2], texts[1::2], strict=True))
             seconds = []
             for _ in range(args.repeats + 1):
-                start = time.perf_counter()
+                start = clock()
                 trainer.step(pairs)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
             typical = statistics.median(seconds[1:])
             print(f"length {n:>5}  {len(pairs):>3} pairs  {typical:7.2f} s a step  "
                   f"{typical / (n * len(ids)) * 1e6:8.1f} us a token", flush=True)  # fmt: skip
@@ -111,9 +122,9 @@ def epoch(args: argparse.Namespace) -> None:
                 tuple(TokenisedText(chance.integers(0, 100_000, n).astype(np.int32), 0, n) for n in size)
                 for size in sizes
             ]
-            start = time.perf_counter()
+            start = clock()
             trainer.step(pairs)  # type: ignore[arg-type]
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     third = args.steps // 3
     first, last = statistics.median(seconds[1 : 1 + third]), statistics.median(seconds[-third:])
     print(f"{args.steps} steps: median of the first third {first:.3f} s, of the last {last:.3f} s, "

@@ -59,13 +59,17 @@ def sdpa_kernel(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # the CPU flash kernel does not take grouped heads; repeating keeps it off the slow math kernel
         key, value = (t[:, :, None].expand(-1, -1, groups, -1).flatten(1, 2) for t in (key, value))
+
+    def attend(length: int, count: int, *parts: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in parts)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1)
+
     runs = [(length, sum(1 for _ in equal)) for length, equal in groupby(lengths)]
+    if len(runs) == 1:
+        return attend(*runs[0], query, key, value)
     sizes = [length * count for length, count in runs]
-    outs = []
-    for (length, count), *parts in zip(runs, *(t.split(sizes) for t in (query, key, value)), strict=True):
-        q, k, v = (t.unflatten(0, (count, length)).transpose(1, 2) for t in parts)
-        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs) if len(outs) > 1 else outs[0]
+    pieces = zip(runs, *(t.split(sizes) for t in (query, key, value)), strict=True)
+    return torch.cat([attend(length, count, q, k, v) for (length, count), q, k, v in pieces])
 
 
 def varlen_kernel(
