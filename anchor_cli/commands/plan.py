@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,8 @@ def plan(
     elif tokens_per_second is not None:
         throughput = Throughput(tokens_per_s=tokens_per_second, basis=f"given: {tokens_per_second:,.0f} tokens/s")
     lengths = rows_of(run, rows)
-    made = estimate(run, shape, lengths, hardware, ds_config, throughput)
+    liger = gpu is None and hardware.gpu is not None and find_spec("liger_kernel") is not None  # as training decides
+    made = estimate(run, shape, lengths, hardware, ds_config, throughput, liger=liger)
     measured = None
     if probe:
         from anchor_cli.engine.probe import probe as run_probe
@@ -62,7 +64,7 @@ def plan(
         if throughput == Throughput() and (hardware.gpu is None or measured.peak_bytes is not None):
             rate = measured.tokens_per_s * hardware.num_gpus
             throughput = Throughput(tokens_per_s=rate, basis=f"probe: {rate:,.0f} tokens/s")
-            made = estimate(run, shape, lengths, hardware, ds_config, throughput)
+            made = estimate(run, shape, lengths, hardware, ds_config, throughput, liger=liger)
     checks = list(examine(run, hardware, made, ds_config))
     if as_json:
         print_json(_document(made, hardware, shape_source, checks, measured))
