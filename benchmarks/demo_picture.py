@@ -62,7 +62,8 @@ def training_lines(log: Path) -> list[str]:
     lines = [line for line in log.read_text(encoding="utf-8").splitlines() if re.match(r"(step|evaluation) ", line)]
     steps = [line for line in lines if line.startswith("step")]
     shown = set(steps[:: max(1, len(steps) // 7)][:7]) | {steps[-1]}
-    return [re.sub(r"  [\d.,]+ pairs/s.*", "", line) for line in lines if line in shown or line.startswith("evaluation")]
+    shown |= {line for line in lines if line.startswith("evaluation")}
+    return [re.sub(r"  [\d.,]+ pairs/s.*", "", line) for line in lines if line in shown]
 
 
 if __name__ == "__main__":
