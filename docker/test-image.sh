@@ -8,7 +8,7 @@
 # Honoured when set: PIP_FIND_LINKS (a folder of wheels, mounted read-only), PIP_CERT, TORCH_INDEX, DEMO_STEPS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${IMAGE:=localhost/anchor-test:cpu}" "${DEMO_STEPS:=500}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
+: "${IMAGE:=localhost/anchor-test:cpu}" "${DEMO_STEPS:=}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
 step() { printf '\n== %s\n' "$*"; }
 fail() { printf 'test-image: %s\n' "$*" >&2; exit 1; }
 
@@ -94,8 +94,8 @@ in_image anchor --help >/dev/null
 step "anchor doctor"
 in_image env HF_HUB_OFFLINE=1 anchor doctor
 
-step "anchor demo --steps $DEMO_STEPS"
-in_image sh -c "cd \"\$(mktemp -d)\" && HF_HUB_OFFLINE=1 anchor demo --steps $DEMO_STEPS && ls demo"
+step "anchor demo${DEMO_STEPS:+ --steps $DEMO_STEPS}"
+in_image sh -c "cd \"\$(mktemp -d)\" && HF_HUB_OFFLINE=1 anchor demo ${DEMO_STEPS:+--steps $DEMO_STEPS} && ls demo"
 
 step "done"
 echo "$IMAGE builds and runs"
