@@ -53,6 +53,7 @@ class Training:
         self.watch = Watch(run, enabled=self.is_first, flag=flag)
         self.benchmarks: list[Benchmark] | None = None
         self.embedder: PackedEmbedder | None = None
+        self.evaluating_step = 0
         self.window_start, self.window_tokens, self.window_pairs, self.window_flops = time.monotonic(), 0, 0, 0
         self.wandb_run_id: str | None = (run.settled.state or {}).get("wandb_run_id")
 
@@ -221,6 +222,17 @@ class Training:
             self.log.event("end", self.run.last_step)
             self.log.close()
         self.watch.close()
+        if self.is_first:
+            self.report()
+
+    def report(self) -> None:
+        """The run as a page. The run is done and saved: whatever fails here costs the page and a warning."""
+        from anchor_cli.engine.report import write_report
+
+        try:
+            say(f"curves and scores: {write_report([self.run.folder])}")
+        except Exception as error:
+            warn(f"report.html could not be written ({type(error).__name__}: {error}); anchor report tries again")
 
     def scores(self, step: int) -> dict[str, float]:
         """Every rank encodes its share; every rank gets the same scores, under the names of metrics.jsonl."""
@@ -235,19 +247,18 @@ class Training:
                 device=run.ranks.device,
                 batch_texts=run.spec.eval_batch_size,
                 group=run.ranks.cpu_group,
-                between=self.between_batches(step),
+                between=self.between_batches,
             )
+        self.evaluating_step = step
         run.model.eval()
         found = evaluate(self.embedder, self.benchmarks or [])
         return logged(found)
 
-    def between_batches(self, step: int) -> Callable[[], None]:
-        def check() -> None:
-            self.watchdog.phase("evaluation", step)
-            if stop_agreed(self.flag, self.run.ranks.cpu_group):
-                raise StopAsked
-
-        return check
+    def between_batches(self) -> None:
+        """Before each batch of an evaluation: alive, and not asked to stop."""
+        self.watchdog.phase("evaluation", self.evaluating_step)
+        if stop_agreed(self.flag, self.run.ranks.cpu_group):
+            raise StopAsked
 
     def save(self, step: int) -> bool:
         """True when checkpoint-{step} stands; False when the disk could not hold it (said, and tried again later)."""
