@@ -260,7 +260,8 @@ def run_seed(part: str, seed: int, shared: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=list(STARTS))
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … N-1")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds FIRST … FIRST + N - 1")
+    parser.add_argument("--first", type=int, default=0, help="lowest seed, to share the seeds out over processes")
     parser.add_argument(
         "--shared", type=Path, default=Path("../shared"), help="folder that holds data/pairs, data/beir"
     )
@@ -272,7 +273,7 @@ def main() -> None:
     results = DOCS / "results.jsonl"
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     done = [json.loads(line) for line in lines]
-    for seed in range(args.seeds if args.part else 0):
+    for seed in range(args.first, args.first + (args.seeds if args.part else 0)):
         if not any(run["part"] == args.part and run["seed"] == seed for run in done):
             done.append(run_seed(args.part, seed, args.shared))
             with results.open("a", encoding="utf-8") as file:

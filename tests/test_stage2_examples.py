@@ -13,7 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "stage2"
 ROWS = [
-    ("수달은 어디에 사나요?", "수달은 강과 바다에 사는 동물이다.", "복지 급여는 주민센터에서 신청할 수 있다.", "ko"),
+    ("수달은 어디에 사나요?", "수달은 강과 바다에 사는 동물이다.", "주민센터에서 신청할 수 있는 급여", "ko"),
     ("급여는 어디에서 신청하나요?", "복지 급여는 주민센터에서 신청할 수 있다.", "수달은 강에 산다.", "ko"),
     ("Where do otters live?", "Otters live in rivers and in the sea.", "Apply at the community centre.", "en"),
     ("Where can I apply?", "You can apply for the benefit at the community centre.", "Otters live in rivers.", "en"),
@@ -34,10 +34,13 @@ def plain() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def exported(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from anchor_cli.engine.demo import Recipe, make_model
     from anchor_cli.engine.export import export
 
-    return export(small_model, out=tmp_path_factory.mktemp("stage2") / "export").folder
+    folder = tmp_path_factory.mktemp("stage2")
+    make_model(folder / "model", Recipe(hidden_size=64, intermediate_size=128, num_layers=2))
+    return export(folder / "model", out=folder / "export").folder
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,7 @@ def test_sentence_transformers_trains(loss: str, exported: Path, rows: Path, tmp
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(out), device="cpu")
-    queries, documents = ([row[at] for row in ROWS] for at in (0, 1))
-    scores = model.similarity(model.encode_query(queries), model.encode_document(documents))
-    assert scores.argmax(dim=1).tolist() == [0, 1, 2, 3]
+    for language in ("ko", "en"):  # as trained: each language with its own instruction and in-batch negatives
+        queries, documents = ([row[at] for row in ROWS if row[3] == language] for at in (0, 1))
+        vectors = model.encode_query(queries, prompt_name=f"query_{language}")
+        assert model.similarity(vectors, model.encode_document(documents)).argmax(dim=1).tolist() == [0, 1]
