@@ -13,11 +13,11 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 Run = dict[str, Any]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t-interval; half-width NaN for one value."""
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95 % t-interval; None for the half-width of one value."""
     sample = np.array(values, dtype=float)
     if len(sample) < 2:
-        return float(sample.mean()), float("nan")
+        return float(sample.mean()), None
     return float(sample.mean()), float(T_95[len(sample) - 1] * sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
@@ -71,11 +71,13 @@ def draw(runs: list[Run], folder: Path) -> None:
                 if not points:
                     continue
                 steps = list(points)
-                means, halves = (np.array(column) for column in zip(*points.values(), strict=True))
+                means, halves = (np.array(column, dtype=float) for column in zip(*points.values(), strict=True))
                 panel.plot(steps, means, marker=".", color=f"C{index}", label=start)
                 panel.fill_between(steps, means - halves, means + halves, color=f"C{index}", alpha=0.15, lw=0)
+            num_seeds = len(summary[part]["seeds"])
             panel.set(title=f"{part}: {title}", xlabel=f"{title} step", ylim=(0, 1))
-        panels[0].set_ylabel(f"nDCG@10, mean of {len(summary[part]['seeds'])} seeds, 95 % interval")
+        label = f"nDCG@10, mean of {num_seeds} seeds, 95 % interval" if num_seeds > 1 else "nDCG@10, one seed"
+        panels[0].set_ylabel(label)
         panels[1].legend(fontsize=8, loc="lower right")
         figure.savefig(folder / f"{part}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{part}.png", dpi=110, metadata={"Software": None})
