@@ -4,8 +4,9 @@
 
 Synthesised rows are sentences drawn from the pool's own rows, Korean and English, to KURE's lengths (25 tokens a query
 and 510 a document on average; `--document-share` makes documents shorter); a number makes each text its own. They are
-made and tokenised once without anything else (the baseline: `encode_batch`, which is what any preparation must do at
-least), then prepared from a .jsonl file. Rates are told by the clock and by processor seconds; the latter hold on a
+tokenised without anything else (the baseline: `encode_batch`, which is what any preparation must do at least), every
+text once: half of the chunks before and the other half after `anchor prepare` goes over the same .jsonl file, so that a
+machine that slows down on the way slows both. Rates are told by the clock and by processor seconds; the latter hold on a
 busy machine too. Memory is the largest sum over all processes of their proportional set sizes
 (PSS: shared pages count once), looked at every half second.
 """
@@ -56,19 +57,19 @@ def synthesise(num: int, pool: tuple[list[str], list[str]], share: float, charac
 
 
 def write_rows(path: Path, num: int, pool: tuple[list[str], list[str]], share: float) -> None:
-    """The rows as .jsonl, about 2 KB each."""
+    """The rows as .jsonl, about 1.7 KB each."""
     with open(path, "w", encoding="utf-8") as file:
-        for row in synthesise(num, pool, share, 1020):
+        for row in synthesise(num, pool, share, 860):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _encode_file(task: tuple[str, str, int, int]) -> tuple[int, int]:
-    """Baseline worker: every num_proc-th chunk of rows through bare `encode_batch`. Returns (rows, tokens)."""
-    path, model, which, num_proc = task
+    """Baseline worker: every `of`-th chunk of rows through bare `encode_batch`. Returns (rows, tokens)."""
+    path, model, which, of = task
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(model)
     rows = tokens = 0
-    for texts in _chunks(path, which, num_proc):
+    for texts in _chunks(path, which, of):
         for begin in range(0, len(texts), 128):
             encoded = tokenizer.encode_batch(texts[begin : begin + 128], add_special_tokens=False)
             tokens += sum(len(encoding) for encoding in encoded)
@@ -76,11 +77,11 @@ def _encode_file(task: tuple[str, str, int, int]) -> tuple[int, int]:
     return rows, tokens
 
 
-def _chunks(path: str, which: int, num_proc: int) -> Iterator[list[str]]:
+def _chunks(path: str, which: int, of: int) -> Iterator[list[str]]:
     texts: list[str] = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file):
-            if number // _CHUNK % num_proc != which:
+            if number // _CHUNK % of != which:
                 continue
             row = json.loads(line)
             texts.append(f"<|im_start|>user\n{INSTRUCTION_KO}; {row['anchor']}<|im_end|>")
@@ -92,10 +93,10 @@ def _chunks(path: str, which: int, num_proc: int) -> Iterator[list[str]]:
         yield texts
 
 
-def baseline(path: Path, model: str, num_proc: int) -> dict[str, Any]:
-    """Wall-clock time of the bare tokenizer, loading it included, as preparation's is."""
+def baseline(path: Path, model: str, num_proc: int, half: int) -> dict[str, Any]:
+    """Time of the bare tokenizer over the even (0) or odd (1) chunks, loading it included, as preparation's is."""
     started, cpu = time.monotonic(), processor_s()
-    tasks = [(str(path), model, which, num_proc) for which in range(num_proc)]
+    tasks = [(str(path), model, half + 2 * which, 2 * num_proc) for which in range(num_proc)]
     with get_context("spawn").Pool(num_proc) as workers:
         done = workers.map(_encode_file, tasks, chunksize=1)
         workers.close()
@@ -184,7 +185,6 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--num-proc", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--document-share", type=float, default=1.0, help="of KURE's document length")
-    parser.add_argument("--baseline-rows", type=int, default=None, help="rows of the baseline; default: all")
     asked = parser.parse_args()
     asked.work_dir.mkdir(parents=True, exist_ok=True)
     rows, out = asked.work_dir / "rows.jsonl", asked.work_dir / "prepared"
@@ -192,17 +192,16 @@ def main() -> None:
     pool = pool_texts(asked.pool)
     write_rows(rows, asked.rows, pool, asked.document_share)
     print(f"{rows}: {rows.stat().st_size / 1e6:,.0f} MB", file=sys.stderr)
-    few = asked.work_dir / "baseline.jsonl"
-    write_rows(few, min(asked.baseline_rows or asked.rows, asked.rows), pool, asked.document_share)
     result: dict[str, Any] = {"num_proc": asked.num_proc, "load_average_before": os.getloadavg()[0]}
-    result["bare_tokenizer"] = baseline(few, asked.tokenizer, asked.num_proc)
-    print(json.dumps(result), file=sys.stderr)
+    before = baseline(rows, asked.tokenizer, asked.num_proc, 0)
+    print(json.dumps(before), file=sys.stderr)
     result["prepare"] = prepared(rows, out, asked.tokenizer, asked.num_proc)
-    result["bare_tokenizer_again"] = baseline(few, asked.tokenizer, asked.num_proc)
-    bare = (result["bare_tokenizer"]["rows_per_s"] + result["bare_tokenizer_again"]["rows_per_s"]) / 2
-    result["share_of_bare"] = result["prepare"]["rows_per_s"] / bare
-    bare = (result["bare_tokenizer"]["rows_per_cpu_s"] + result["bare_tokenizer_again"]["rows_per_cpu_s"]) / 2
-    result["share_of_bare_by_cpu"] = result["prepare"]["rows_per_cpu_s"] / bare
+    print(json.dumps(result["prepare"]), file=sys.stderr)
+    after = baseline(rows, asked.tokenizer, asked.num_proc, 1)
+    result |= {"bare_tokenizer_before": before, "bare_tokenizer_after": after}
+    for rate, time_of in (("rows_per_s", "seconds"), ("rows_per_cpu_s", "cpu_s")):
+        bare = asked.rows / (before[time_of] + after[time_of])
+        result[f"share_of_bare_{rate}"] = result["prepare"][rate] / bare
     result["load_average_after"] = os.getloadavg()[0]
     print(json.dumps(result, indent=2))
 
