@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,13 +211,13 @@ def test_attention_kernel_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None
     good = only(doctor_gpu.attention_kernel, Wishes(attn_implementation="flash_attention_2"))
     assert good.status == "ok"
 
-    def leaky(query, key, value, *, cu_seqlens, lengths, scale):  # type: ignore[no-untyped-def]
+    def leaky(query, key, value, packing, scale):  # type: ignore[no-untyped-def]
         """Attends across the boundaries of texts: what a broken varlen kernel would do."""
-        return kernels["sdpa"](query, key, value, cu_seqlens=cu_seqlens, lengths=(sum(lengths),), scale=scale)
+        return kernels["sdpa"](query, key, value, replace(packing, lengths=(sum(packing.lengths),)), scale)
 
-    kernels = dict(attention._KERNELS)
+    kernels = dict(attention.KERNELS)
     name = good.message.split()[0].rstrip(",")
-    monkeypatch.setitem(attention._KERNELS, name, leaky)
+    monkeypatch.setitem(attention.KERNELS, name, leaky)
     assert only(doctor_gpu.attention_kernel).status == "fail"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def checkpoints(
         int | None, typer.Option("--keep", min=1, help="prune: how many stay. Default: the run's save_total_limit.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="prune: only say what would go.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List, verify or prune the checkpoints of a run.
 

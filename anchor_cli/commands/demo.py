@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.console import print_json
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the weights and the order of rows.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 700,
     documents: Annotated[int, typer.Option(min=12, max=800, help="Documents of the world.")] = 400,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a small Korean and English world, train on it, evaluate before and after, export. Some minutes on a CPU."""
     from anchor_cli.engine.demo import Recipe, run_demo

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.console import print_json, say
 from anchor_cli.words.errors import RunError
 
@@ -19,7 +20,7 @@ def doctor(
         bool,
         typer.Option("--gradients", help="Also compare DeepSpeed's accumulated gradients with plain autograd (30 s)."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check this host: Python, packages, GPUs, kernels, limits, disk, network. Exit code 1 when a check fails."""
     from anchor_cli.engine import doctor as examination

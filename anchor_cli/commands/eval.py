@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.console import print_json, say
 from anchor_cli.words.errors import InputError
 
@@ -45,7 +46,7 @@ def eval(  # noqa: A001 - the command's name
     details: Annotated[
         bool, typer.Option("--details", help="Intervals, sizes and embedding health in the JSON.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure retrieval: nDCG@10 and MRR@10 on NanoBEIR (Korean and English) or any BEIR folder."""
     if baseline not in (None, "bm25"):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.console import print_json, say
 
 
@@ -30,7 +31,7 @@ def export(
         str | None, typer.Option(metavar="REPO", help="Upload it, too: NAMESPACE/NAME; the token is HF_TOKEN.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: a public repository.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one folder that transformers, sentence-transformers, LLM2Vec and Stage II training load right."""
     from anchor_cli.engine.export import choose_checkpoint

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.console import print_json, say
 from anchor_cli.words.errors import InputError
 
@@ -21,7 +22,7 @@ def init(
     output_dir: Annotated[str, typer.Option(help="Folder of runs.")] = "output",
     global_batch_size: Annotated[int, typer.Option(help="Pairs of an optimizer step.")] = 128,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a spec to start from; editors complete and check it by its $schema."""
     from anchor_cli.words.files import write_json

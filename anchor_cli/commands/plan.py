@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchor_cli.commands.options import AsJson, Overrides, SpecFile
 from anchor_cli.words.console import print_json
 from anchor_cli.words.errors import InputError
 
@@ -19,8 +20,8 @@ GB = 1e9
 
 
 def plan(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="The run's spec, a JSON file.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+    spec: SpecFile,
+    overrides: Overrides = None,
     gpu: Annotated[
         str | None, typer.Option(help="Plan for this kind of card, such as h100-nvl. [default: this machine's]")
     ] = None,
@@ -33,7 +34,7 @@ def plan(
         float | None, typer.Option(min=1, help="Measured tokens/s of the whole run (perf/tokens_per_s).")
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Run the heaviest micro-batch twice on this machine.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
     from anchor_cli.engine.estimate import Throughput, estimate
@@ -44,7 +45,7 @@ def plan(
 
     if mfu is not None and tokens_per_second is not None:
         raise InputError("--mfu and --tokens-per-second: two measurements of the same thing", "give one of them")
-    run = load_spec(spec, set_ or [])
+    run = load_spec(spec, overrides or [])
     shape, shape_source = shape_of(run.model_name_or_path)
     hardware = hardware_of(gpu, num_gpus)
     ds_config = load_ds_config(run.deepspeed, Path(spec).parent)

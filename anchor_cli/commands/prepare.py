@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.errors import InputError
 
 NANOBEIR = "nanobeir"
@@ -55,7 +56,7 @@ def prepare(
         bool, typer.Option("--near-duplicates", help="Leave out nearly equal pairs too (MinHash; slower).")
     ] = False,
     max_characters: Annotated[int, typer.Option(min=1, help="Reject texts with more characters.")] = 1_000_000,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check, tokenise and write training pairs; ends with a table of what was kept and why the rest was not."""
     from anchor_cli.words.console import console, print_json

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
+
 if TYPE_CHECKING:
     from anchor_cli.engine.replay import Replay
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 def replay(
     run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
     step: Annotated[int, typer.Option("--step", min=0, metavar="N", help="As the incident's message has it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run one step of a run again, from the nearest checkpoint before it, and name the rows that are not finite.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson
 from anchor_cli.words.console import print_json, say
 
 
@@ -18,7 +19,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where to write; default: report.html in the run.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's curves, scores and incidents as one HTML page; several runs are overlaid."""
     from anchor_cli.engine.report import find_run, write_report

@@ -6,17 +6,16 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson, Overrides
 from anchor_cli.words.console import print_json, say
 from anchor_cli.words.errors import InputError
 
 
 def spec(
     path: Annotated[str | None, typer.Argument(metavar="SPEC", help="A spec file, JSON.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
-    ] = None,
+    overrides: Overrides = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key and what it expects instead.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a spec and print it resolved, with where each value came from."""
     from anchor_cli.words.spec_docs import expected, shown_value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.commands.options import AsJson, Overrides, Processes, SpecFile
 from anchor_cli.words.errors import RunError
 
 if TYPE_CHECKING:
@@ -14,15 +14,11 @@ if TYPE_CHECKING:
 
 
 def verify_resume(
-    spec: Annotated[Path, typer.Argument(help="The run spec, a JSON file.", show_default=False)],
+    spec: SpecFile,
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="2N steps against N + resume + N.")] = 5,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
-    ] = None,
-    nproc_per_node: Annotated[
-        int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. Default: all GPUs, or 1 on a CPU.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    overrides: Overrides = None,
+    nproc_per_node: Processes = None,
+    as_json: AsJson = False,
 ) -> None:
     """Prove on this host that a resumed run equals an uninterrupted one: 2N steps against N, a new start, and N more.
 

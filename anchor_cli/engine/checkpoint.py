@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from anchor_cli.data.text import tokenizer_folder
-from anchor_cli.words.contract import TextContract, write_contract
+from anchor_cli.words.contract import TextContract, write_contract, write_llm2vec_config
 from anchor_cli.words.errors import InputError
 from anchor_cli.words.files import free_bytes, fsync_folder, fsync_tree, sha256_file, write_json
 from anchor_cli.words.run_folder import TRAINING_STATE, best_checkpoint, list_checkpoints
@@ -112,15 +112,7 @@ def write_model_files(folder: Path, engine: Any, source: str, contract: TextCont
         language_model.config.use_cache = False
     copy_tokenizer(source, folder)
     write_contract(folder, contract)
-    write_json(
-        folder / "llm2vec_config.json",
-        {
-            "pooling_mode": contract.pooling_mode,
-            "max_length": contract.max_seq_length,
-            "doc_max_length": contract.max_seq_length,
-            "skip_instruction": contract.pooling_mode != "eos_token",
-        },
-    )
+    write_llm2vec_config(folder, contract)
 
 
 def _full_state_dict(engine: Any) -> dict[str, Any]:

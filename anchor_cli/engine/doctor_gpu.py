@@ -131,11 +131,9 @@ def attention_kernel(wishes: Wishes) -> Iterator[Check]:
         torch.randn(total, heads, 64, generator=generator).to(device, torch.bfloat16) for heads in (8, 4, 4)
     )
     bounds = torch.tensor([0, 5, 6, 136, 200], dtype=torch.int32, device=device)
-    kernel = attention._KERNELS[name]
-    got = kernel(query, key, value, cu_seqlens=bounds, lengths=lengths, scale=0.125).float()
-    want = attention.sdpa_kernel(
-        query.float(), key.float(), value.float(), cu_seqlens=bounds, lengths=lengths, scale=0.125
-    )
+    packing = attention.Packing(bounds, lengths, name)
+    got = attention.KERNELS[name](query, key, value, packing, 0.125).float()
+    want = attention.sdpa_kernel(query.float(), key.float(), value.float(), packing, 0.125)
     error = float((got - want).abs().max())
     asked = "" if wishes.attn_implementation in ("auto", name) else f" (asked for {wishes.attn_implementation})"
     said = f"{name}{asked}, largest error {error:.1e} in bf16"

@@ -31,7 +31,7 @@ from anchor_cli.engine.model_card import licence_file, model_card
 from anchor_cli.model.backbone import read_config
 from anchor_cli.words.console import say, warn
 from anchor_cli.words.contract import FILE_NAME as CONTRACT
-from anchor_cli.words.contract import TextContract, write_contract
+from anchor_cli.words.contract import TextContract, write_contract, write_llm2vec_config
 from anchor_cli.words.errors import InputError, RunError
 from anchor_cli.words.files import free_bytes, fsync_folder, staged_folder, write_json
 from anchor_cli.words.run_folder import (
@@ -86,9 +86,9 @@ def choose_checkpoint(name: str | None) -> Path:
         return find_checkpoint(name)
     found = default_checkpoint()
     run = RunFolder(found.parent)
-    why = "the best of the last run by eval/avg/ndcg@10" if found == best_checkpoint(run.path) else (
-        "the newest of the last run, none of which was evaluated"
-    )
+    why = "the best of the last run by eval/avg/ndcg@10"
+    if found != best_checkpoint(run.path):
+        why = "the newest of the last run, none of which was evaluated"
     say(f"exporting {found}: {why}")
     return found
 
@@ -252,7 +252,7 @@ def _write_rest(checkpoint: Path, folder: Path, final: Path, contract: TextContr
     vocabulary = load_tokenizer(checkpoint)
     space = vocabulary.encode(" ", add_special_tokens=False).ids
     files.write_library_files(folder, contract, dimension, space[:1])
-    files.write_llm2vec_config(folder, contract)
+    write_llm2vec_config(folder, contract)
     write_contract(folder, contract)
     if state:
         write_json(folder / "spec.json", state["spec"])

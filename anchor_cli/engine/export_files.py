@@ -77,19 +77,6 @@ def write_library_files(folder: Path, contract: TextContract, dimension: int, sp
     write_json(folder / "2_Normalize" / "config.json", {})
 
 
-def write_llm2vec_config(folder: Path, contract: TextContract) -> None:
-    """`llm2vec_config.json`, as in a checkpoint."""
-    write_json(
-        folder / "llm2vec_config.json",
-        {
-            "pooling_mode": contract.pooling_mode,
-            "max_length": contract.max_seq_length,
-            "doc_max_length": contract.max_seq_length,
-            "skip_instruction": contract.pooling_mode != "eos_token",
-        },
-    )
-
-
 def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) -> dict[str, Any]:
     """`stage_II.json`: contrastive training of `model`, a flat object with Hugging Face's names.
 

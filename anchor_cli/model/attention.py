@@ -12,7 +12,6 @@ Shapes: T tokens, H query heads, K key/value heads, d head dimension.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
@@ -25,32 +24,27 @@ from transformers import AttentionInterface
 from anchor_cli.words.errors import InputError
 
 PACKED_ATTENTION = "anchor_packed"
-KERNELS = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where texts begin and end in a packed row, and the kernel that attends: travels through the model's kwargs."""
+
+    cu_seqlens: torch.Tensor  # (N+1,) int32
+    lengths: tuple[int, ...]
+    kernel: str
 
 
 class Kernel(Protocol):
     """(T, H, d), (T, K, d), (T, K, d) -> (T, H, d), causal within each text."""
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor,
-        lengths: Sequence[int],
-        scale: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
     ) -> torch.Tensor: ...
 
 
 def sdpa_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor,
-    lengths: Sequence[int],
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
     """One causal `scaled_dot_product_attention` per text: exact on every device and dtype, float64 included.
 
@@ -64,7 +58,7 @@ def sdpa_kernel(
         q, k, v = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in parts)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1)
 
-    runs = [(length, sum(1 for _ in equal)) for length, equal in groupby(lengths)]
+    runs = [(length, sum(1 for _ in equal)) for length, equal in groupby(packing.lengths)]
     if len(runs) == 1:
         return attend(*runs[0], query, key, value)
     sizes = [length * count for length, count in runs]
@@ -73,13 +67,7 @@ def sdpa_kernel(
 
 
 def varlen_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor,
-    lengths: Sequence[int],
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
     """PyTorch's own variable-length flash attention (CUDA, half precision; torch >= 2.10).
 
@@ -88,7 +76,7 @@ def varlen_kernel(
     """
     from torch.nn.attention import varlen
 
-    longest = max(lengths)
+    bounds, longest = packing.cu_seqlens, max(packing.lengths)
     options: dict[str, Any] = {}
     names = _parameter_names(varlen.varlen_attn)
     options.update({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True})
@@ -103,56 +91,43 @@ def varlen_kernel(
             groups = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     out = varlen.varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, cu_seqlens, longest, longest, **options
+        query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest, **options
     )
     return out[0] if isinstance(out, tuple) else out
 
 
 def flash_2_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor,
-    lengths: Sequence[int],
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
     """`flash_attn.flash_attn_varlen_func` (flash-attn 2.x); grouped heads are native."""
     from flash_attn import flash_attn_varlen_func
 
-    longest = max(lengths)
+    bounds, longest = packing.cu_seqlens, max(packing.lengths)
     out: torch.Tensor = flash_attn_varlen_func(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+        query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
     )
     return out
 
 
 def flash_3_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor,
-    lengths: Sequence[int],
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
     """`flash_attn_interface.flash_attn_varlen_func` (flash-attn 3, Hopper); may return (out, lse)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    longest = max(lengths)
-    out = flash_attn_varlen_func(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
-    )
+    bounds, longest = packing.cu_seqlens, max(packing.lengths)
+    out = flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)
     first: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return first
 
 
-_KERNELS: dict[str, Kernel] = {
+KERNELS: dict[str, Kernel] = {
     "flash_attention_3": flash_3_kernel,
     "flash_attention_2": flash_2_kernel,
     "varlen": varlen_kernel,
     "sdpa": sdpa_kernel,
 }
+"""Fastest first."""
 _MODULES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 
 
@@ -185,15 +160,6 @@ def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where texts begin and end in a packed row, and the kernel that attends: travels through the model's kwargs."""
-
-    cu_seqlens: torch.Tensor  # (N+1,) int32
-    lengths: tuple[int, ...]
-    kernel: str
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _packed_attention(
     module: nn.Module,
@@ -211,15 +177,9 @@ def _packed_attention(
     Never traced by `torch.compile`: each batch has new text boundaries, and a graph that knew them would be compiled
     anew every step. `packing` is one opaque object for the same reason.
     """
-    out = _KERNELS[packing.kernel](
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cu_seqlens=packing.cu_seqlens,
-        lengths=packing.lengths,
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-    )
-    return out[None], None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    flat = (t[0].transpose(0, 1) for t in (query, key, value))
+    return KERNELS[packing.kernel](*flat, packing, scale)[None], None
 
 
 def register() -> None:

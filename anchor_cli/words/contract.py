@@ -64,6 +64,19 @@ def write_contract(folder: str | Path, contract: TextContract) -> None:
     write_json(Path(folder) / FILE_NAME, contract.model_dump())
 
 
+def write_llm2vec_config(folder: str | Path, contract: TextContract) -> None:
+    """Write `llm2vec_config.json` into `folder`: the contract as LLM2Vec-style code reads it (design §8)."""
+    write_json(
+        Path(folder) / "llm2vec_config.json",
+        {
+            "pooling_mode": contract.pooling_mode,
+            "max_length": contract.max_seq_length,
+            "doc_max_length": contract.max_seq_length,
+            "skip_instruction": contract.pooling_mode != "eos_token",
+        },
+    )
+
+
 def read_contract(folder: str | Path) -> TextContract:
     """The contract of a prepared data set, checkpoint or export.
 

@@ -1,0 +1,17 @@
+"""Arguments and options that several commands share, so that they read alike in every `--help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The run spec, a JSON file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
+]
+Processes = Annotated[
+    int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. Default: all GPUs, or 1 on a CPU.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
