@@ -44,6 +44,9 @@ class PackedEmbedder:
 
     With `group` the texts are shared out over all ranks (longest first, dealt round), every rank runs the same number
     of batches (ZeRO-3 needs that) and every rank gets all embeddings. `between` is called before each batch.
+
+    `inference_mode` is for a model that is not trained in this process: it saves an eighth of the time of a single
+    short text (measured), but what the model keeps or gathers meanwhile are tensors that autograd refuses.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class PackedEmbedder:
         batch_texts: int | None = None,
         group: dist.ProcessGroup | None = None,
         between: Callable[[], None] = lambda: None,
+        inference_mode: bool = False,
     ) -> None:
         self.name = name
         self.dimension = dimension
@@ -70,6 +74,7 @@ class PackedEmbedder:
         self._batch_texts = batch_texts
         self._group = group
         self._between = between
+        self._without_gradients = torch.inference_mode if inference_mode else torch.no_grad
 
     def encode_queries(self, texts: Sequence[str], language: str) -> Embeddings:
         """Query embeddings with the instruction of `language` (design §2). Raises InputError: none for it."""
@@ -103,7 +108,7 @@ class PackedEmbedder:
             chosen = [encoded[i] for i in batch] or encoded[:1] or self._texts.encode_batch(["a"], None)
             packed = pack_texts([text.ids for text in chosen]).to(self._device)
             starts = torch.tensor([text.content_start for text in chosen], device=self._device)
-            with torch.no_grad():
+            with self._without_gradients():
                 out = self._encode_packed(packed, starts)
             vectors[batch] = out[: len(batch)].float().cpu()
         if self._group:
@@ -225,4 +230,5 @@ def load_embedder(
         dimension=int(language_model.config.hidden_size),
         device=place,
         batch_tokens=batch_tokens,
+        inference_mode=True,
     )
