@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from anchor_cli.commands.options import Overrides, Processes, SpecFile
+
 
 def train(
-    spec: Annotated[Path, typer.Argument(help="The run spec, a JSON file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
-    ] = None,
-    nproc_per_node: Annotated[
-        int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. Default: all GPUs, or 1 on a CPU.")
-    ] = None,
+    spec: SpecFile,
+    overrides: Overrides = None,
+    nproc_per_node: Processes = None,
     skip_step: Annotated[
         list[int] | None,
         typer.Option("--skip-step", min=0, metavar="N", help="Make no update at step N, after an incident."),
@@ -35,12 +32,14 @@ def train(
     flag = StopFlag()
     flag.install()  # first of all: a signal is heard from here on
     from anchor_cli.engine.launch import LAUNCHED, as_node, environment_ranks, launch
+    from anchor_cli.words.console import say
     from anchor_cli.words.spec import load_spec
 
     ranks, node = environment_ranks(), as_node()
     resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
     if ranks is None or node is not None:
         processes = nproc_per_node or local_gpus()
+        say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")
         if processes > 1:
             launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
             return

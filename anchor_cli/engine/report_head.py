@@ -98,7 +98,7 @@ def _cards(run: RunRecord) -> list[str]:
             cards.append(card(title, _median(run, key, scale), unit))
     memory = run.series(names.PEAK_MEMORY_GB)
     if len(memory):
-        cards.append(card("peak memory", f"{max(memory.values):.1f} GB", "one GPU"))
+        cards.append(card("peak memory", f"{max(memory.values):.1f} GB", "one process"))
     resumes, incidents = _counts(run)
     bad = "bad" if incidents else ""
     cards.append(card("resumes / trouble", f"{resumes} / {incidents}", "events.jsonl", bad))

@@ -16,10 +16,10 @@ from anchor_cli.engine.report_prepare import data_panel
 from anchor_cli.words import metric_names as names
 
 _PERFORMANCE = (
-    (names.PAIRS_PER_S, "Pairs per second", "초당 쌍", "pairs / s, all GPUs", 1.0),
-    (names.TOKENS_PER_S, "Tokens per second", "초당 토큰", "tokens / s, all GPUs", 1.0),
+    (names.PAIRS_PER_S, "Pairs per second", "초당 쌍", "pairs / s, all processes", 1.0),
+    (names.TOKENS_PER_S, "Tokens per second", "초당 토큰", "tokens / s, all processes", 1.0),
     (names.MFU, "Model FLOPs utilisation", "연산 활용률", "% of peak", 100.0),
-    (names.PEAK_MEMORY_GB, "Peak memory", "최대 메모리", "GB, one GPU", 1.0),
+    (names.PEAK_MEMORY_GB, "Peak memory", "최대 메모리", "GB, one process", 1.0),
 )
 DATA_COLOURS = {"loss": "#1f2933", "d2q": COLOURS[0], "q2d": COLOURS[1]}
 
