@@ -5,9 +5,9 @@
 Synthesised rows are sentences drawn from the pool's own rows, Korean and English, to KURE's lengths (25 tokens a query
 and 510 a document on average; `--document-share` makes documents shorter); a number makes each text its own. They are
 tokenised without anything else (the baseline: `encode_batch`, which is what any preparation must do at least), every
-text once: half of the chunks before and the other half after `anchor prepare` goes over the same .jsonl file, so that a
-machine that slows down on the way slows both. Rates are told by the clock and by processor seconds; the latter hold on a
-busy machine too. Memory is the largest sum over all processes of their proportional set sizes
+text once: half of the chunks before and the other half after `anchor prepare` goes over the same .jsonl file, so that
+a machine that slows down on the way slows both. Rates are told by the clock and by processor seconds; the latter hold
+on a busy machine too. Memory is the largest sum over all processes of their proportional set sizes
 (PSS: shared pages count once), looked at every half second.
 """
 
