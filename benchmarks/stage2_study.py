@@ -9,7 +9,7 @@ a seed share the untrained weights, the order of rows in Stage I, and the order 
 objective and plan with plain AdamW in one process (tests/test_engine.py shows that DeepSpeed's engine computes the
 same); Stage II is in-batch InfoNCE, as in examples/stage2/train_plain_pytorch.py, on the packed encoder.
 
-Every (part, seed) is appended to docs/stage2/results.jsonl when it is done; what is there is not run again.
+What was run of a (part, seed) is appended to docs/stage2/results.jsonl when it is done; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -59,17 +59,14 @@ class Start:
     q2d: float = 0.2
 
 
-STARTS = {
-    "world": (
-        Start("untrained"),
-        Start("content .8/.2", "content"),
-        Start("text .8/.2", "text"),
-        Start("content 1/0", "content", 1.0, 0.0),
-        Start("content .5/.5", "content", 0.5, 0.5),
-        Start("content 0/1", "content", 0.0, 1.0),
-    ),
-    "pairs": (Start("untrained"), Start("content .8/.2", "content"), Start("text .8/.2", "text")),
-}
+STARTS = (
+    Start("untrained"),
+    Start("content .8/.2", "content"),
+    Start("text .8/.2", "text"),
+    Start("content 1/0", "content", 1.0, 0.0),
+    Start("content .5/.5", "content", 0.5, 0.5),
+    Start("content 0/1", "content", 0.0, 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -233,14 +230,14 @@ def update(model: ReconstructionModel, optimizer: torch.optim.Optimizer, step: i
     optimizer.zero_grad()
 
 
-def run_seed(part: str, seed: int, shared: Path) -> dict[str, Any]:
-    """All starts of one seed."""
+def run_seed(part: str, seed: int, shared: Path, starts: list[Start]) -> dict[str, Any]:
+    """These starts of one seed."""
     settings, began = SETTINGS[part], time.process_time()
     curves: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = BENCHES[part](Path(folder), seed, settings, shared)
         untrained = load(bench)
-        for start in STARTS[part]:
+        for start in starts:
             model = copy.deepcopy(untrained)
             one = list(stage_one(model, bench, start, settings, seed)) if start.targets else []
             two = list(stage_two(model, bench, settings, seed))
@@ -257,9 +254,24 @@ def run_seed(part: str, seed: int, shared: Path) -> dict[str, Any]:
     }
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """One entry for each (part, seed), with the curves of all its lines, in the order of `STARTS`."""
+    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        run = json.loads(line)
+        kept = merged.setdefault((run["part"], run["seed"]), run)
+        if kept is not run:
+            kept["curves"] |= run["curves"]
+            kept["cpu_seconds"] += run["cpu_seconds"]
+    names = [start.name for start in STARTS]
+    for run in merged.values():
+        run["curves"] = {name: run["curves"][name] for name in names if name in run["curves"]}
+    return list(merged.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=list(STARTS))
+    parser.add_argument("--part", choices=list(BENCHES))
     parser.add_argument("--seeds", type=int, default=5, help="seeds FIRST … FIRST + N - 1")
     parser.add_argument("--first", type=int, default=0, help="lowest seed, to share the seeds out over processes")
     parser.add_argument(
@@ -271,13 +283,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     DOCS.mkdir(parents=True, exist_ok=True)
     results = DOCS / "results.jsonl"
-    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    done = [json.loads(line) for line in lines]
+    done = read_results(results)
     for seed in range(args.first, args.first + (args.seeds if args.part else 0)):
-        if not any(run["part"] == args.part and run["seed"] == seed for run in done):
-            done.append(run_seed(args.part, seed, args.shared))
+        there = [run["curves"] for run in done if run["part"] == args.part and run["seed"] == seed]
+        missing = [start for start in STARTS if not any(start.name in curves for curves in there)]
+        if missing:
+            run = run_seed(args.part, seed, args.shared, missing)
             with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[-1]) + "\n")
+                file.write(json.dumps(run) + "\n")
+    done = read_results(results)
     if args.draw:
         from stage2_pictures import draw
 
