@@ -38,7 +38,9 @@ def train(
     ranks, node = environment_ranks(), as_node()
     resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
     if ranks is None or node is not None:
-        processes = nproc_per_node or local_gpus()
+        from anchor_cli.engine.hardware import local_gpus
+
+        processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
         say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")
         if processes > 1:
             launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
@@ -46,15 +48,3 @@ def train(
     from anchor_cli.engine.worker import work
 
     work(resolved, spec.absolute(), tuple(skip_step or ()), flag)
-
-
-def local_gpus() -> int:
-    """GPUs of this host that may be used, at least 1 (the CPU): asked of the driver, without importing torch."""
-    import os
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
-    from anchor_cli.engine.hardware import local_gpus as driver_gpus
-
-    return max(1, len(driver_gpus()))

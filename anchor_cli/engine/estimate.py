@@ -330,7 +330,7 @@ def disk_of(spec: RunSpec, shape: ModelShape, steps: Steps) -> Disk:
     """Checkpoints: weights, and the optimizer's fp32 weights and two moments. One more while the next is written."""
     weight_bytes = 2 if spec.precision == "bfloat16" else 4
     one = shape.num_parameters * (weight_bytes + 12) + CHECKPOINT_REST_BYTES
-    every = schedule.interval_steps(spec.save_steps, steps.last_step)
+    every = schedule.interval_steps(spec.save_steps, steps.total_steps)  # a share is one of the whole schedule
     written = 1 + ((steps.last_step - 1) // every if every else 0)
     limit = spec.save_total_limit
     kept = written if limit is None else min(written, limit + 1)

@@ -1,7 +1,8 @@
-"""What GPUs can do, from their data sheets, for estimates on a machine that has none."""
+"""Which GPUs this machine has, and what GPUs can do, from their data sheets, for estimates on one that has none."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 
@@ -59,11 +60,33 @@ def gpu_of_device_name(device_name: str) -> Gpu | None:
 
 
 def local_gpus() -> list[tuple[str, float]]:
-    """(driver's name, memory in GiB) of this machine's GPUs by nvidia-smi; empty without a driver. No torch."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    """(driver's name, memory in GiB) of the GPUs that a run here may use; empty without a driver. No torch.
+
+    nvidia-smi names all of them, CUDA_VISIBLE_DEVICES those that are left, as in CUDA itself: by index or by the
+    beginning of a UUID, up to the first name that is none.
+    """
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [line.rsplit(",", 1) for line in out.splitlines() if "," in line]
-    return [(name.strip(), float(mib) / 1024) for name, mib in rows if mib.strip().isdigit()]
+    rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in out.splitlines() if line.count(",") >= 2]
+    found = [(name, float(mib) / 1024, uuid) for name, mib, uuid in rows if mib.isdigit()]
+    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _visible(found: list[tuple[str, float, str]], wanted: str | None) -> list[tuple[str, float]]:
+    if wanted is None:
+        return [(name, memory_gib) for name, memory_gib, _ in found]
+    visible: list[tuple[str, float]] = []
+    for word in (part.strip() for part in wanted.split(",")):
+        if word.isdigit() and int(word) < len(found):
+            place = int(word)
+        elif word.startswith("MIG-") and found:
+            place = 0  # a slice of some card: one device, its card's name and memory are taken for its own
+        else:
+            place = next((at for at, (_, _, uuid) in enumerate(found) if word and uuid.startswith(word)), -1)
+        if place < 0:
+            break
+        visible.append(found[place][:2])
+    return visible
