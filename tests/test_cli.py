@@ -206,6 +206,43 @@ def test_the_generated_page_is_current() -> None:
     assert (REPOSITORY / cli_docs.PAGE).read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("checkpoints", "anchor checkpoints ACTION [RUN] [OPTIONS]"),
+        ("prepare", "anchor prepare SOURCE... --out PATH [OPTIONS]"),
+        ("eval", "anchor eval [CHECKPOINT]... [OPTIONS]"),
+        ("replay", "anchor replay RUN --step N [OPTIONS]"),
+        ("doctor", "anchor doctor [SPEC] [OPTIONS]"),
+    ],
+)
+def test_usage_marks_what_may_be_left_out(command: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from anchor_cli.commands import cli_docs
+
+    assert f"```text\n{usage}\n```" in cli_docs.page()
+    assert cli.run([command, "--help"]) == 0  # the same words in the same brackets
+    theirs = capsys.readouterr().out.splitlines()[0].replace("{", "").replace("}", "").split()[4:]
+    assert theirs == [word for word in usage.split()[2:] if word not in ("--out", "PATH", "--step", "N", "[OPTIONS]")]
+
+
+def test_defaults_of_zero_are_shown() -> None:
+    from anchor_cli.commands import cli_docs
+
+    assert "| `--seed N` | Seed of the world, the weights and the order of rows. Default: `0`. |" in cli_docs.page()
+
+
+def test_environment_variables_that_are_read_are_on_the_page() -> None:
+    from anchor_cli.commands import cli_docs
+
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "anchor_cli").rglob("*.py"))
+    read = set(re.findall(r'(?:environ(?:\.get|\.setdefault)?|env\.get|env)[(\[]\s*"([A-Z][A-Z_]+)"', code))
+    read |= set(re.findall(r'"(ANCHOR_[A-Z_]+|HF_TOKEN)"', code))
+    told = set(re.findall(r"[A-Z]+_?[A-Z_]+", " ".join(cli_docs.ENVIRONMENT)))
+    set_for_others = {"DS_ACCELERATOR", "WANDB_SILENT", "TOKENIZERS_PARALLELISM", "ANCHOR_LAUNCHED", "PYTHONPATH"}
+    assert {name for name in read if not name.startswith("SLURM_")} - told - set_for_others == set()
+    assert len(read) > 15
+
+
 @pytest.mark.slow
 def test_a_wheel_brings_its_configs_and_schema(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet"]

@@ -25,13 +25,16 @@ class Action(StrEnum):
 
 def checkpoints(
     action: Annotated[
-        Action, typer.Argument(help="list: compares sizes; verify: reads every byte; prune: removes old ones.")
+        Action,
+        typer.Argument(
+            metavar="ACTION", help="list: compares sizes; verify: reads every byte; prune: removes old ones."
+        ),
     ],
     run: Annotated[
-        Path | None, typer.Argument(help="A run's folder. Default: the last run.", show_default=False)
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder. [default: the last run]", show_default=False)
     ] = None,
     keep: Annotated[
-        int | None, typer.Option("--keep", min=1, help="prune: how many stay. Default: the run's save_total_limit.")
+        int | None, typer.Option("--keep", min=1, help="prune: how many stay. [default: the run's save_total_limit]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="prune: only say what would go.")] = False,
     as_json: AsJson = False,

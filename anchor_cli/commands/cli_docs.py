@@ -13,6 +13,30 @@ import typer
 from anchor_cli.commands.cli import COMMANDS, app
 
 PAGE = "docs/reference/cli.md"
+COMPLETION = (
+    "`anchor --install-completion` teaches the shell you are in (bash, zsh, fish) to complete commands and options; "
+    "`anchor --show-completion` prints what it would install. Environment variables that are read:"
+)
+ENVIRONMENT = {
+    "`ANCHOR_DEBUG=1`": "Tracebacks, and what DeepSpeed prints.",
+    "`ANCHOR_HOME`": "Folder of the list of runs, by which names such as `checkpoint-2000` and the last run are found. "
+    "Default: `~/.cache/anchor`.",
+    "`ANCHOR_NANOBEIR`": "A snapshot of `anchor prepare nanobeir`, read in place of the Hub.",
+    "`ANCHOR_HANG_TIMEOUT_S`": "Seconds without progress after which a run is ended. Default: 1800.",
+    "`NO_COLOR`": "Plain text on a terminal.",
+    "`CUDA_VISIBLE_DEVICES`": "The GPUs that `anchor train` starts on and `anchor plan` plans for.",
+    "`OMP_NUM_THREADS`": "CPU threads of each process that `anchor train` starts. Default: the cores, shared out.",
+    "`RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, `SLURM_*`": "Set by launchers: "
+    "docs/how-to/multi-node.md.",
+    "`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`": "The Hub's key; its address; `1`: only the cache "
+    "and folders; where the cache is.",
+    "`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_MODE`, `WANDB_DISABLED`": "Weights & Biases: its key, project (default "
+    "`anchor`), `offline` or `disabled`, `true` switches it off.",
+    "`NETRC`": "The file with W&B's key, where it is not `~/.netrc`.",
+    "`CC`, `TORCH_EXTENSIONS_DIR`, `XDG_CACHE_HOME`": "Compiler and folders of kernels that are compiled on this host.",
+    "`DEEPSPEED_LOG_LEVEL`": "What DeepSpeed says. Default: `warning`.",
+}
+"""What the code reads from the environment (a test compares the names)."""
 
 
 def page() -> str:
@@ -29,6 +53,8 @@ def page() -> str:
         lines += ["", f"## {heading}"]
         for name in names:
             lines += ["", *_command(name, group.get_command(None, name))]
+    lines += ["", "## Completion and environment", "", COMPLETION, "", "| | |", "|---|---|"]
+    lines += [f"| {_cell(names)} | {_cell(said)} |" for names, said in ENVIRONMENT.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -39,7 +65,8 @@ def _command(name: str, command: Any) -> list[str]:
         for param in command.params
         if param.param_type_name == "option" and not param.hidden and param.name != "help"
     ]
-    words = ["anchor", name, *(_metavar(param) for param in arguments), *(["[OPTIONS]"] if options else [])]
+    must = [f"{option.opts[0]} {_value(option)}" for option in options if option.required]
+    words = ["anchor", name, *(_written(param) for param in arguments), *must, *(["[OPTIONS]"] if options else [])]
     paragraphs = [" ".join(part.split()) for part in str(command.help or "").split("\n\n")]
     lines = [f"### `anchor {name}`", "", *_spaced(paragraphs), "", "```text", " ".join(words), "```"]
     if arguments or options:
@@ -47,7 +74,7 @@ def _command(name: str, command: Any) -> list[str]:
     for param in arguments:
         lines.append(f"| `{_metavar(param)}` | {_said(param)} |")
     for param in options:
-        value = "" if param.is_flag else f" {param.metavar or _kind(param)}"
+        value = "" if param.is_flag else f" {_value(param)}"
         spelled = ", ".join(f"`{word}{value}`" for word in [*param.opts, *param.secondary_opts])
         lines.append(f"| {_cell(spelled)} | {_said(param)} |")
     return lines
@@ -61,6 +88,16 @@ def _metavar(param: Any) -> str:
     return str(param.metavar or param.name.upper())
 
 
+def _written(argument: Any) -> str:
+    """As in the usage line of `--help`: `[WHAT]` may be left out, `WHAT...` may be repeated."""
+    name = _metavar(argument) if argument.required else f"[{_metavar(argument)}]"
+    return f"{name}..." if argument.nargs == -1 else name
+
+
+def _value(option: Any) -> str:
+    return str(option.metavar or _kind(option))
+
+
 def _kind(param: Any) -> str:
     return {"int": "N", "float": "X", "Path": "PATH"}.get(
         param.bare_type().strip("<>").removesuffix("]").rpartition("[")[2], "TEXT"
@@ -70,7 +107,9 @@ def _kind(param: Any) -> str:
 def _said(param: Any) -> str:
     said = " ".join(str(param.help or "").split())
     default = param.default
-    if default in (None, False, (), []) or callable(default) or "efault" in said:
+    if param.required and param.param_type_name == "option":
+        return _cell(f"{said} Required.")
+    if default is None or isinstance(default, bool) or default in ((), []) or callable(default) or "efault" in said:
         return _cell(said)
     return _cell(f"{said} Default: `{default}`.")
 

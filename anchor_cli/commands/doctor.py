@@ -14,7 +14,7 @@ from anchor_cli.words.errors import RunError
 def doctor(
     spec: Annotated[
         str | None,
-        typer.Argument(metavar="[SPEC]", help="Look with this run's eyes: its output_dir, kernel, DeepSpeed config."),
+        typer.Argument(metavar="SPEC", help="Look with this run's eyes: its output_dir, kernel, DeepSpeed config."),
     ] = None,
     gradients: Annotated[
         bool,

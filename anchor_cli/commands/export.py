@@ -15,11 +15,15 @@ def export(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="Path, or a name such as checkpoint-2000. [default: the best, else the newest, of the last run]"
+            metavar="CHECKPOINT",
+            help="Path, or a name such as checkpoint-2000. [default: the best, else the newest, of the last run]",
         ),
     ] = None,
     stage2: Annotated[
-        bool, typer.Option("--stage2", help="For Stage II and for search: the one kind there is, and the default.")
+        bool,
+        typer.Option(
+            "--stage2", help="For Stage II and for search: the one kind there is, and the default.", show_default=False
+        ),
     ] = True,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: CHECKPOINT-stage2 beside it]")] = None,
     dtype: Annotated[

@@ -12,6 +12,6 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
 ]
 Processes = Annotated[
-    int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. Default: all GPUs, or 1 on a CPU.")
+    int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. [default: all GPUs, or 1 on a CPU]")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
     step: Annotated[int, typer.Option("--step", min=0, metavar="N", help="As the incident's message has it.")],
     as_json: AsJson = False,
 ) -> None:

@@ -14,10 +14,10 @@ from anchor_cli.words.console import print_json, say
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Run folders, OUTPUT_DIR/EXPERIMENT_ID; default: the last run."),
+        typer.Argument(metavar="RUN", help="Run folders, OUTPUT_DIR/EXPERIMENT_ID. [default: the last run]"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Where to write; default: report.html in the run.")
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write. [default: report.html in the run]")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
