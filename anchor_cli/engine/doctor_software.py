@@ -32,7 +32,7 @@ TESTED = {
     "wandb": "0.31.0",
 }
 """The pins of constraints.txt that matter to a run (a test compares them)."""
-INSTALL = "pip install -c constraints.txt anchor-cli gives what is tested"
+INSTALL = "pip install -c constraints.txt . in the repository gives what is tested"
 OPTIONAL = ("sentence-transformers", "wandb")
 
 
