@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anchor_cli.commands.demo import next_commands
 from anchor_cli.engine.demo import Outcome, Recipe, run_demo
 from anchor_cli.words.errors import InputError
 
@@ -34,6 +35,24 @@ def test_the_whole_path_in_small(tmp_path: Path) -> None:
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert steps[-1]["step"] == 3 and any("eval/avg/ndcg@10" in line for line in steps)
     assert "What to type next" in done.stderr and "held-out questions, 24 documents" in done.stderr
+
+
+def test_what_to_type_next_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` leaves `anchor` in .venv/bin, which is on nobody's PATH yet."""
+    venv = tmp_path / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "activate").touch()
+    (venv / "anchor").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(venv / "python"))
+    scores = {"results": {}, "avg": {}}
+    outcome = Outcome(Recipe(), Path("demo"), Path("demo/run/checkpoint-7"), ["demo/world/beir-ko"], scores, scores)
+    monkeypatch.setenv("PATH", "/nowhere")
+    first, *rest = next_commands(outcome)
+    assert first == "source .venv/bin/activate"
+    monkeypatch.setenv("PATH", str(venv))
+    assert next_commands(outcome) == rest
+    assert all(command.startswith("anchor ") for command in rest)
 
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:

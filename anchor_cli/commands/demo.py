@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,11 +57,17 @@ def show(outcome: Outcome, *, on_stderr: bool) -> None:
 
 
 def next_commands(outcome: Outcome) -> list[str]:
-    """Commands that work on what the demo left."""
-    folder = outcome.folder
+    """Commands that work on what the demo left; first what puts `anchor` on the PATH, where it is not."""
+    folder, activate = outcome.folder, Path(sys.executable).with_name("activate")
     return [
+        *([f"source {_near(activate)}"] if shutil.which("anchor") is None and activate.is_file() else []),
         f"anchor report {folder}/run",
         f"anchor eval {outcome.checkpoint.name} --data {outcome.benchmarks[0]} --queries 5",
         f"anchor train {folder}/spec.json --set experiment_id=again --set learning_rate=1e-3",
         "anchor init spec.json    # a spec for your own pairs and Qwen/Qwen3-0.6B",
     ]
+
+
+def _near(path: Path) -> Path:
+    """Relative to the working directory where it is below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
