@@ -4,7 +4,8 @@
 #   docker build -t anchor .                                    CUDA: torch with CUDA, flash-attn, Liger
 #   docker build -t anchor:cpu --build-arg VARIANT=cpu .        CPU only: small, for demos and CI
 #
-# BASE        any image with Debian's or Ubuntu's apt and Python 3.11 or newer as python3
+# BASE        an image of Debian 12 with python3 (3.11 or newer) and python3-venv, and no user 1000 (ubuntu:24.04 has one);
+#             another Debian or Ubuntu where flash-attn is not compiled: nvcc comes from NVIDIA's packages for Debian 12
 # VARIANT     cuda or cpu
 # FLASH_ATTN  build: compile it here (an hour, MAX_JOBS x 8 GB memory); none: PyTorch's own varlen attention is used;
 #             else anything pip installs, such as the URL of a ready wheel
