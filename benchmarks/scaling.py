@@ -3,17 +3,21 @@
     python benchmarks/scaling.py plan   [--rows 250000 500000 1000000 2000000]
     python benchmarks/scaling.py length [--lengths 128 256 512 1024 2048]
     python benchmarks/scaling.py epoch  [--steps 60]
+    python benchmarks/scaling.py ranks  [--processes 1 2] [--data ../shared/data/pairs/train_ko_en]
 
 `plan`: seconds and peak memory (a process of its own each) of the plan of three epochs at 128 rows a step, and seconds
 to cut one step at the start and at the end of the run. `length`: seconds per token of one micro-batch of about 4,096
 tokens in texts of one length. `epoch`: seconds of equally large steps along a run, the slope says whether they grow.
-On a CPU the last two count the process's own CPU time.
+On a CPU these two count the process's own CPU time. `ranks`: pairs/s of `anchor train` itself (DeepSpeed ZeRO-2, fp32,
+the same global batch) on so many processes of one thread each, in turns; of each run the median of all steps but the
+first two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from anchor_cli.data.plan import make_plan  # noqa: E402
 
+SHARED = Path(__file__).parents[2] / "shared"
 PEAK = "VmHWM"
 
 
@@ -131,9 +136,43 @@ def epoch(args: argparse.Namespace) -> None:
           f"ratio {last / first:.2f}; peak {peak_gb():.2f} GB")  # fmt: skip
 
 
+def ranks(args: argparse.Namespace) -> None:
+    import torch
+    from train_throughput import make_model
+
+    anchor = [sys.executable, "-m", "anchor_cli"]
+    found: dict[int, list[float]] = {count: [] for count in args.processes}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_model(Path(scratch), args.tokenizer, args.hidden, args.layers, False, torch.float32)
+        pairs, spec = Path(scratch) / "pairs", Path(scratch) / "run.json"
+        length = ["--max-seq-length", "512"]
+        prepare = [*anchor, "prepare", str(args.data), "--out", str(pairs), "--tokenizer", str(model), *length]
+        subprocess.run(prepare, check=True, capture_output=True)
+        common = {"model_name_or_path": str(model), "dataset_file_path": str(pairs), "output_dir": scratch,
+                  "max_seq_length": 512, "precision": "float32", "deepspeed": "zero2_fp32", "global_batch_size": 16,
+                  "max_steps": args.steps, "warmup_steps": 2, "logging_steps": 1, "save_steps": args.steps,
+                  "eval_steps": 0, "report_to": "none"}  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ANCHOR_HOME": scratch}
+        for repeat in range(args.repeats):
+            for count in args.processes if repeat % 2 else args.processes[::-1]:
+                name = f"ranks-{count}-{repeat}"
+                spec.write_text(json.dumps(common | {"experiment_id": name}))
+                train = [*anchor, "train", str(spec), "--nproc-per-node", str(count)]
+                subprocess.run(train, check=True, capture_output=True, env=environment)
+                lines = [json.loads(line) for line in (Path(scratch) / name / "metrics.jsonl").read_text().splitlines()]
+                rates = [line["perf/pairs_per_s"] for line in lines if "perf/pairs_per_s" in line]
+                found[count].append(statistics.median(rates[2:]))
+                print(f"{count} processes  {found[count][-1]:7.2f} pairs/s", flush=True)
+    first = statistics.median(found[args.processes[0]])
+    for count, rates in found.items():
+        typical = statistics.median(rates)
+        spread = f"runs {min(rates):.2f} to {max(rates):.2f}"
+        print(f"{count} processes  {typical:7.2f} pairs/s  {typical / first:.2f} x  ({spread})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "length", "epoch"))
+    parser.add_argument("what", choices=("plan", "length", "epoch", "ranks"))
     parser.add_argument("--rows", type=int, nargs="+", default=[250_000, 500_000, 1_000_000, 2_000_000])
     parser.add_argument("--budget", type=int, default=16384)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
@@ -143,12 +182,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[2] / "shared/data/tokenizer")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--data", type=Path, default=SHARED / "data/pairs/train_ko_en")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "data/tokenizer")
     args = parser.parse_args()
     if args.once:
         print(json.dumps(plan_once(args.rows[0], args.budget)))
         return
-    {"plan": plan, "length": length, "epoch": epoch}[args.what](args)
+    {"plan": plan, "length": length, "epoch": epoch, "ranks": ranks}[args.what](args)
 
 
 if __name__ == "__main__":
