@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from export_fixtures import make_checkpoint, make_contract
 
-from anchor_cli.data.text import load_tokenizer
+from anchor_cli.data.text import load_tokenizer, tokenizer_fingerprint
 from anchor_cli.engine import checkpoint as ckpt
 from anchor_cli.engine import setup
 from anchor_cli.engine.embedder import contract_of, load_embedder
+from anchor_cli.engine.export_files import prompts
 from anchor_cli.engine.export_tokenizer import write_tokenizer
 from anchor_cli.words.contract import read_contract, write_contract
 from anchor_cli.words.errors import InputError
@@ -75,3 +76,71 @@ def test_an_export_is_under_the_contract_of_its_checkpoint(small_model: Path, tm
     assert setup.contract_for(spec_of(export)).tokenizer_fingerprint == contract.tokenizer_fingerprint
     ckpt.copy_tokenizer(str(export), run)
     assert (run / "tokenizer.json").read_bytes() == (small_model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"dtype": "float16"}, "dtype float16, and anchor.json says float32"),
+        ({"use_bidirectional_attention": True}, "attention in both directions"),
+    ],
+)
+def test_a_config_of_another_checkpoint_is_refused(
+    config: dict[str, Any], said: str, small_model: Path, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path, 1, small_model, make_contract(small_model, dtype="float32"))
+    assert contract_of(checkpoint, load_tokenizer(checkpoint)).dtype == "float32"
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(InputError, match=said):
+        contract_of(checkpoint, load_tokenizer(checkpoint))
+
+
+def test_one_instruction_for_all_is_that_of_every_prompt(small_model: Path) -> None:
+    """`*` replaces the built-in instructions in evaluation and export, as it does in training."""
+    spec = spec_of(small_model, instructions={"*": "찾기"})
+    contract = setup.contract_for(spec)
+    assert contract.instructions == contract.training_instructions == {"*": "찾기"}
+    want = "<|im_start|>user\n찾기; "
+    assert {key: value for key, value in prompts(contract).items() if key != "document"} == dict.fromkeys(
+        ("query", "query_ko", "query_en"), want
+    )
+
+
+def test_an_empty_instruction_is_none(small_model: Path) -> None:
+    contract = make_contract(small_model, training_instructions={"*": ""}, instructions={"ko": "", "en": "Find"})
+    head = "<|im_start|>user\n"
+    want = {"query": head, "document": head, "query_ko": head, "query_en": f"{head}Find; "}
+    assert prompts(contract) == want
+
+
+def test_the_tokenizer_of_a_hub_model_is_copied_as_it_is(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen publishes `trim_offsets: false`; what transformers writes anew says true, and the ids are the same."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers import AutoTokenizer
+
+    hub, run, resaved = tmp_path / "hub", tmp_path / "run", tmp_path / "resaved"
+    for folder in (hub, run):
+        folder.mkdir()
+    tokenizer = json.loads((small_model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["trim_offsets"] = False
+    (hub / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    config = json.loads((small_model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (hub / "tokenizer_config.json").write_text(json.dumps(config))
+
+    def download(repo: str, name: str, **_: Any) -> str:
+        if not (hub / name).is_file():
+            raise EntryNotFoundError(f"{repo} has no {name}")
+        return str(hub / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    ckpt.copy_tokenizer("me/published", run)
+    assert sorted(path.name for path in run.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert (run / "tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
+    want = tokenizer_fingerprint(load_tokenizer("me/published"))
+    assert tokenizer_fingerprint(load_tokenizer(run)) == want
+    AutoTokenizer.from_pretrained(small_model).save_pretrained(resaved)
+    assert tokenizer_fingerprint(load_tokenizer(resaved)) == want == tokenizer_fingerprint(load_tokenizer(small_model))

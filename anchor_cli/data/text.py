@@ -115,11 +115,18 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's canonical JSON without what does not change the ids we make of a text.
 
     Truncation, padding and post-processor are left out because they are never used; the decoder because it only
-    works the other way round.
+    works the other way round. `trim_offsets` of a byte-level pre-tokenizer is read by post-processors alone, and an
+    absent prefix or suffix of BPE is the empty one: transformers writes both otherwise than Qwen's own file has them.
     """
     content = json.loads(tokenizer.to_str())
     for unused in ("truncation", "padding", "post_processor", "decoder", "version"):
         content.pop(unused, None)
+    before = content.get("pre_tokenizer") or {}
+    for step in before.get("pretokenizers", [before]):
+        step.pop("trim_offsets", None)
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if content["model"].get(affix, "") is None:
+            content["model"][affix] = ""
     canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -63,7 +63,7 @@ def groups(contract: TextContract, encoder: TextEncoder) -> list[Group]:
     """
     named = prompts(contract)
     kinds: list[tuple[str, str | None]] = [("document", None)]
-    kinds += [(f"query_{language}", text) for language, text in contract.instructions.items() if language != "*"]
+    kinds += [(f"query_{language}", text or None) for language, text in contract.named_instructions.items()]
     found = []
     for name, instruction in kinds:
         texts = [text for sentences in SENTENCES.values() for text in sentences] + list(ODD)

@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,7 +112,8 @@ def write_model_files(folder: Path, engine: Any, source: str, contract: TextCont
     finally:
         language_model.config.use_cache = False
     copy_tokenizer(source, folder)
-    write_contract(folder, contract)
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    write_contract(folder, contract.model_copy(update={"dtype": dtype}))
     write_llm2vec_config(folder, contract)
 
 
@@ -131,16 +133,31 @@ def _full_state_dict(engine: Any) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: str, folder: Path) -> None:
-    """The tokenizer's files as they are; for a Hub id, those in the Hub's cache."""
-    if Path(source).is_dir():
-        for name in _TOKENIZER_FILES:
-            place = tokenizer_folder(Path(source)) if "token" in name or "chat" in name else Path(source)
-            if (place / name).is_file():
-                shutil.copyfile(place / name, folder / name)
-        return
-    from transformers import AutoTokenizer
+    """The tokenizer's files byte by byte, those of a Hub id from the Hub's cache.
 
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    Never through `AutoTokenizer.save_pretrained`: transformers 5 rebuilds a known class from code and writes another
+    `tokenizer.json`, which the contract's fingerprint would then have to be the same for.
+    """
+    for name in _TOKENIZER_FILES:
+        found = _tokenizer_file(source, name)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+@cache
+def _tokenizer_file(source: str, name: str) -> Path | None:
+    """Asked once a process, at its start (`needed_bytes`): a network that fails later in the night changes nothing."""
+    if Path(source).is_dir():
+        of_texts = "token" in name or "chat" in name
+        path = (tokenizer_folder(Path(source)) if of_texts else Path(source)) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except EntryNotFoundError:  # LocalEntryNotFoundError, offline and not in the cache, is one of them
+        return None
 
 
 def commit(partial: Path, final: Path) -> None:
@@ -190,12 +207,9 @@ def removable(run_folder: Path, found: list[Path], limit: int | None, *, hashes:
 
 
 def needed_bytes(num_parameters: int, bytes_per_weight: int, source: str) -> int:
-    """Bytes of one checkpoint: model weights, fp32 weights and two moments, the tokenizer's files, 256 KB of JSON.
-
-    The tokenizer of a Hub id counts as 32 MB (assumption; Qwen3's is 11 MB).
-    """
-    files = [Path(source) / name for name in _TOKENIZER_FILES]
-    tokenizer = sum(path.stat().st_size for path in files if path.is_file()) if Path(source).is_dir() else 32 * 2**20
+    """Bytes of one checkpoint: model weights, fp32 weights and two moments, the tokenizer's files, 256 KB of JSON."""
+    found = [_tokenizer_file(source, name) for name in _TOKENIZER_FILES]
+    tokenizer = sum(path.stat().st_size for path in found if path is not None)
     return num_parameters * (bytes_per_weight + 12) + tokenizer + 2**18
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from anchor_cli.data.text import TextEncoder, eos_of, load_tokenizer, tokenizer_fingerprint
 from anchor_cli.model.attention import choose_kernel
-from anchor_cli.model.backbone import load_backbone
+from anchor_cli.model.backbone import load_backbone, read_config
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.words.contract import FILE_NAME, TextContract, differences, read_contract
@@ -150,7 +150,7 @@ class LibraryEmbedder:
         except ImportError as error:
             raise InputError(
                 f"{path}: is a sentence-transformers model, and the library is not installed",
-                hint="pip install 'anchor[sentence-transformers]'",
+                hint="pip install sentence-transformers",
             ) from error
         self._model = SentenceTransformer(path, device=device)
         self._batch_size = batch_size
@@ -191,10 +191,29 @@ def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
                 f"closes its text_template",
                 hint="put back the anchor.json that belongs to this checkpoint",
             )
+        _require_config_of(Path(folder), contract)
         return contract
     default = TextContract(tokenizer_fingerprint=fingerprint)
     eos_token, eos_token_id = eos_of(tokenizer, default.text_template)
     return default.model_copy(update={"eos_token": eos_token, "eos_token_id": eos_token_id})
+
+
+def _require_config_of(folder: Path, contract: TextContract) -> None:
+    """Refuse a config.json that says otherwise than the contract of attention or of the weights' number format."""
+    if not (folder / "config.json").is_file():
+        return
+    config = read_config(folder)
+    if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
+        raise InputError(
+            f"{folder / 'config.json'}: attention in both directions; the model was trained with {contract.attention}",
+            hint="put back the config.json that belongs to this checkpoint",
+        )
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if contract.dtype is not None and stored != contract.dtype:
+        raise InputError(
+            f"{folder / 'config.json'}: dtype {stored}, and {FILE_NAME} says {contract.dtype}",
+            hint="the files of two checkpoints are mixed here; copy one of them whole",
+        )
 
 
 def load_embedder(

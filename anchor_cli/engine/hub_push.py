@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from anchor_cli.engine.model_card import is_local
 from anchor_cli.words.errors import InputError, RunError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,6 +66,6 @@ def _without_paths(path: Path, repo: str) -> str | bytes:
     for key in ("dataset_file_path", "output_dir", "deepspeed", "eval_data"):
         content.pop(key, None)
     base = str(content.get("model_name_or_path", ""))
-    base = Path(base).name if base.startswith(("/", ".", "~")) else base
-    content["model_name_or_path"] = repo if path.name == "stage_II.json" else base
+    base = repo if path.name == "stage_II.json" else Path(base).name if is_local(base) else base
+    content["model_name_or_path"] = base
     return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()

@@ -49,8 +49,13 @@ def base_model(state: dict[str, Any]) -> str | None:
     base = state.get("spec", {}).get("model_name_or_path")
     if not base:
         return None
-    is_local = Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") != 1
-    return Path(base).name if is_local else str(base)
+    return Path(base).name if is_local(base) else str(base)
+
+
+def is_local(model: str) -> bool:
+    """Whether a model's name is a path: written like one, or a folder that is there."""
+    path = Path(model)
+    return path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or path.is_dir()
 
 
 def licence_of(state: dict[str, Any]) -> str:
@@ -67,7 +72,7 @@ def licence_file(state: dict[str, Any]) -> Path | None:
 
 
 def _head(contract: TextContract, state: dict[str, Any], has_licence_file: bool) -> str:
-    lines = ["---", "language:", *(f"- {language}" for language in contract.instructions if language != "*")]
+    lines = ["---", "language:", *(f"- {language}" for language in contract.named_instructions)]
     licence = licence_of(state)
     lines.append(f"license: {licence}")
     if licence == "other":

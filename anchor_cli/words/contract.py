@@ -39,6 +39,17 @@ class TextContract(BaseModel):
     """Its id."""
     tokenizer_fingerprint: str
     """SHA-256 of the tokenizer's canonical JSON without truncation, padding and post-processor."""
+    attention: Literal["causal"] = "causal"
+    """A token sees those before it in its own text, and no other."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the weights beside this file; None where there are none, as in prepared data."""
+
+    @property
+    def named_instructions(self) -> dict[str, str]:
+        """`instructions` by the languages' names; Korean and English have that of `*` where they are not named."""
+        anyone = self.instructions.get("*")
+        filled = {} if anyone is None else {"ko": anyone, "en": anyone}
+        return filled | {language: text for language, text in self.instructions.items() if language != "*"}
 
     @field_validator("text_template")
     @classmethod

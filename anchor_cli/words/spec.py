@@ -219,8 +219,9 @@ class RunSpec(BaseModel):
 
     @property
     def query_instructions(self) -> dict[str, str]:
-        """Instruction of a query by language, in evaluation and export."""
-        return {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN} | (self.instructions or {})
+        """Instruction of a query by language, in evaluation and export; never one that `*` has replaced in training."""
+        given = dict(self.instructions or {})
+        return given if "*" in given else {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN} | given
 
     @property
     def reporters(self) -> tuple[Reporter, ...]:
