@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from anchor_cli.engine.certificate import _Encoded, compare, examine
 from anchor_cli.engine.embedder import PackedEmbedder, load_embedder
 from anchor_cli.engine.export import Export, export
 from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.words.files import staged_folder, sweep_staged, this_host
 from anchor_cli.words.run_folder import remember_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -190,18 +192,6 @@ def test_spec_scores_and_stage_two(exported: Export) -> None:
         "doc_max_length": 48,
         "skip_instruction": False,
     }
-
-
-def test_the_recipe_reads_the_stage_two_config(run: Path, uncertified: None) -> None:
-    import runpy
-
-    folder = export(run / "checkpoint-4", out=run / "for-stage2").folder
-    path = folder / "stage_II.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": 3e-5, "num_train_epochs": 2}))
-    script = runpy.run_path(str(REPOSITORY / "examples" / "stage2" / "train_sentence_transformers.py"))
-    want = {"epochs": 2, "batch_size": 64, "learning_rate": 3e-5, "temperature": 0.05, "seed": 42, "bf16": False}
-    assert script["defaults_of"](str(folder)) == want
-    assert script["defaults_of"]("Qwen/Qwen3-0.6B") == {}
 
 
 @pytest.mark.parametrize("mode", ["last_token", "mean", "weighted_mean"])
@@ -372,13 +362,31 @@ def test_a_checkpoint_removed_by_its_run_meanwhile(
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
-def test_what_a_killed_export_left_is_removed(run: Path, uncertified: None) -> None:
-    gone, running = (run / f".swept.partial-{process}" for process in (2**22 + 1, os.getpid()))
-    for folder in (gone, running):
-        folder.mkdir()
-    exporting._sweep(run / "swept")
-    assert not gone.exists() and running.exists()
-    running.rmdir()
+def test_a_checkpoint_of_another_trainer_is_a_plain_model(small_model: Path, tmp_path: Path, uncertified: None) -> None:
+    """The research code's folders are called checkpoint-N, too, and have no manifest."""
+    foreign = tmp_path / "checkpoint-2000"
+    shutil.copytree(small_model, foreign)
+    (foreign / "llm2vec_config.json").write_text("{}")
+    assert export(foreign).folder.name == "checkpoint-2000-stage2"
+
+
+def test_what_a_killed_export_left_is_swept_or_put_back(tmp_path: Path) -> None:
+    """Killed while writing; killed between the two renames of --force; another host's and a live one's stay."""
+    final, host, dead = tmp_path / "ex[1]", this_host(), 2**22 + 1  # above the highest process number of Linux
+    mine, theirs, other = f"{host}-{os.getpid()}", f"elsewhere-{dead}", f"{host}-{dead}"
+    kept = [f".ex[1].partial-{mine}", f".ex[1].partial-{theirs}", f".ex[1].v2.partial-{other}"]
+    for name in (f".ex[1].partial-{host}-{dead}", *kept):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".ex[1].old.partial-{host}-{dead}").mkdir()
+    (tmp_path / f".ex[1].old.partial-{host}-{dead}" / "model").touch()
+    sweep_staged(final)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "ex[1]"])
+    assert (final / "model").exists(), "the only whole one is back"
+    with staged_folder(final, replace=True) as folder:
+        (folder / "new").touch()
+        assert (final / "model").exists()
+    assert [path.name for path in final.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "ex[1]"]), "nothing is left beside it"
 
 
 def test_a_run_in_progress_is_said(run: Path, uncertified: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,8 @@ def test_plain_pytorch_trains_and_saves(plain: ModuleType, exported: Path, rows:
 
     before, after = (load_embedder(path, device="cpu").encode_documents(["수달"], "ko") for path in (exported, out))
     assert abs(before - after).max() > 1e-3
-    assert (out / "modules.json").is_file() and not (out / "parity.json").exists()
+    assert (out / "modules.json").is_file()
+    assert not any((out / name).exists() for name in ("parity.json", "README.md", "scores.json", "stage_II.json"))
 
 
 @pytest.mark.parametrize("loss", ["in-batch", "guided"])
@@ -109,10 +110,53 @@ def test_sentence_transformers_trains(loss: str, exported: Path, rows: Path, tmp
         + guide
     )
     assert metrics["last_loss"] < 0.8 * metrics["first_loss"]
+    ranks_its_rows(out)
+
+
+def ranks_its_rows(model: Path) -> None:
+    """As trained, each language with its own instruction and in-batch negatives; by the library and by our encoder."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(out), device="cpu")
-    for language in ("ko", "en"):  # as trained: each language with its own instruction and in-batch negatives
+    from anchor_cli.engine.embedder import PackedEmbedder, load_embedder
+
+    theirs, ours = SentenceTransformer(str(model), device="cpu"), load_embedder(model, device="cpu")
+    assert isinstance(ours, PackedEmbedder), "the contract went along"
+    for language in ("ko", "en"):
         queries, documents = ([row[at] for row in ROWS if row[3] == language] for at in (0, 1))
-        vectors = model.encode_query(queries, prompt_name=f"query_{language}")
-        assert model.similarity(vectors, model.encode_document(documents)).argmax(dim=1).tolist() == [0, 1]
+        vectors = theirs.encode_query(queries, prompt_name=f"query_{language}")
+        assert theirs.similarity(vectors, theirs.encode_document(documents)).argmax(dim=1).tolist() == [0, 1]
+        want = torch.nn.functional.normalize(torch.from_numpy(ours.encode_queries(queries, language)), dim=-1)
+        torch.testing.assert_close(torch.from_numpy(vectors), want, atol=1e-5, rtol=0)
+
+
+def test_stage_two_from_a_bfloat16_export(small_model: Path, rows: Path, tmp_path: Path) -> None:
+    """Weights are trained in fp32: at this rate bf16 ones would stay. The tokenizer's class is another than Qwen's."""
+    from safetensors.torch import load_file
+
+    from anchor_cli.engine.export import export
+
+    out = tmp_path / "stage2"
+    start = export(small_model, out=tmp_path / "export", dtype="bfloat16").folder
+    trainer = script("train_sentence_transformers")
+    steps = ["--steps", "20", "--batch-size", "2"]
+    trainer.main([str(start), str(rows), "--out", str(out), *steps, "--learning-rate", "2e-5"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, out))
+    before, after = ({name.removeprefix("model."): t for name, t in tensors.items()} for tensors in (before, after))
+    name = "layers.0.mlp.down_proj.weight"
+    assert (before[name].dtype, after[name].dtype) == (torch.bfloat16, torch.float32)
+    moved = (after[name] - before[name].float()).abs()
+    assert 0 < moved.median() < 1e-3, "every weight moved, by less than bf16 can tell apart"
+    again = tmp_path / "again"
+    trainer.main([str(start), str(rows), "--out", str(again), *steps, "--learning-rate", "1e-2"])
+    ranks_its_rows(again)
+
+
+def test_stage_two_settings_are_read_or_refused(exported: Path, tmp_path: Path) -> None:
+    trainer, path = script("train_sentence_transformers"), tmp_path / "stage_II.json"
+    settings = json.loads((exported / "stage_II.json").read_text())
+    path.write_text(json.dumps(settings | {"weight_decay": 0.5}))
+    got = trainer.settings_of(tmp_path)
+    assert (got["weight_decay"], got["warmup_steps"], got["gradient_checkpointing"]) == (0.5, 0.1, True)
+    path.write_text(json.dumps(settings | {"warmup_ratio": 0.5, "learning_rte": 1}))
+    with pytest.raises(SystemExit, match="nothing here reads learning_rte, warmup_ratio"):
+        trainer.settings_of(tmp_path)

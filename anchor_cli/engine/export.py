@@ -33,14 +33,14 @@ from anchor_cli.words.console import say, warn
 from anchor_cli.words.contract import FILE_NAME as CONTRACT
 from anchor_cli.words.contract import TextContract, write_contract, write_llm2vec_config
 from anchor_cli.words.errors import InputError, RunError
-from anchor_cli.words.files import free_bytes, fsync_folder, staged_folder, write_json
+from anchor_cli.words.files import free_bytes, staged_folder, sweep_staged, words_for_disk_errors, write_json
 from anchor_cli.words.run_folder import (
-    TRAINING_STATE,
     RunFolder,
     best_checkpoint,
     checkpoint_step,
     default_checkpoint,
     find_checkpoint,
+    is_ours,
     list_checkpoints,
     read_json_lines,
 )
@@ -123,10 +123,11 @@ def export(
     chosen = dtype or stored
     if chosen not in DTYPES:
         raise InputError(f"--dtype {chosen}: expected one of {', '.join(DTYPES)}")
+    contract = contract.model_copy(update={"dtype": chosen})
     _check_room(final, checkpoint, DTYPES[chosen] / DTYPES.get(stored, 4))
     _say_state_of_run(checkpoint)
-    _sweep(final)
-    with _words_for_disk_errors(checkpoint, final), _placed(final, force) as folder:
+    sweep_staged(final)
+    with _words_for_errors(checkpoint, final), staged_folder(final, replace=force) as folder:
         dimension = _write_weights(checkpoint, folder, chosen, max_shard_size)
         _write_rest(checkpoint, folder, final, contract, dimension)
         say("certifying: the same texts through anchor, transformers and sentence-transformers in a fresh process")
@@ -141,7 +142,7 @@ def export(
 
 
 def _check_source(checkpoint: Path) -> None:
-    ours = (checkpoint / TRAINING_STATE).is_file() or checkpoint_step(checkpoint) is not None
+    ours = is_ours(checkpoint)
     if ours and (problems := verify_checkpoint(checkpoint)):
         whole = [path.name for path in list_checkpoints(checkpoint.parent) if not verify_checkpoint(path, hashes=False)]
         others = ", ".join(name for name in whole if name != checkpoint.name)
@@ -189,45 +190,18 @@ def _say_state_of_run(checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def _words_for_disk_errors(checkpoint: Path, final: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise RunError(f"{final}: the disk is full; nothing was exported", "make room or use --out") from error
-        if not checkpoint.is_dir():
+def _words_for_errors(checkpoint: Path, final: Path) -> Iterator[None]:
+    """A checkpoint that went away meanwhile, and what the disk refuses, in one line each."""
+    with words_for_disk_errors(final, "exported", "make room or use --out"):
+        try:
+            yield
+        except OSError as error:
+            if checkpoint.is_dir() or error.errno == errno.ENOSPC:
+                raise
             raise RunError(
                 f"{checkpoint}: was removed while it was being exported (save_total_limit of the run?)",
                 "export a newer checkpoint",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            place = error.filename or final
-            raise InputError(f"{place}: {error.strerror}", "choose a folder you may write to") from error
-        raise
-
-
-@contextlib.contextmanager
-def _placed(final: Path, force: bool) -> Iterator[Path]:
-    """A staged folder that ends up under `final`; with `force` what is there is moved aside just before the rename."""
-    if not (force and final.exists()):
-        with staged_folder(final) as folder:
-            yield folder
-        return
-    new, old = (final.with_name(f".{final.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    with staged_folder(new) as folder:
-        yield folder
-    os.rename(final, old)
-    os.rename(new, final)
-    fsync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sweep(final: Path) -> None:
-    """Remove what an export to the same place left when it was killed; one that is still running is let alone."""
-    for folder in final.parent.glob(f".{final.name}.*partial-*"):
-        process = folder.name.rpartition("-")[2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: str, max_shard_size: str) -> int:

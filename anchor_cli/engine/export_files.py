@@ -22,13 +22,17 @@ CONTENT_POOLING = "anchor_pooling"
 def prompts(contract: TextContract) -> dict[str, str]:
     """Prompts by name: the template's head and the instruction, put before a text as they are.
 
-    `query` has the instruction of training rows, `query_{language}` that of the language, `document` none.
+    `query` has the instruction of training rows, `query_{language}` that of the language, `document` none. An empty
+    instruction is none.
     """
     head = contract.text_template.split("{text}")[0]
-    usual = contract.training_instructions.get("*") or next(iter(contract.instructions.values()))
-    named = {"query": f"{head}{usual}; ", "document": head}
-    languages = {language: text for language, text in contract.instructions.items() if language != "*"}
-    return named | {f"query_{language}": f"{head}{text}; " for language, text in languages.items()}
+
+    def lead(instruction: str) -> str:
+        return f"{head}{instruction}; " if instruction else head
+
+    named = contract.named_instructions
+    usual = contract.training_instructions.get("*", next(iter(named.values())))
+    return {"query": lead(usual), "document": head} | {f"query_{code}": lead(text) for code, text in named.items()}
 
 
 def needs_own_pooling(contract: TextContract) -> bool:
@@ -78,9 +82,10 @@ def write_library_files(folder: Path, contract: TextContract, dimension: int, sp
 
 
 def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) -> dict[str, Any]:
-    """`stage_II.json`: contrastive training of `model`, a flat object with Hugging Face's names.
+    """`stage_II.json`: contrastive training of `model`, a flat object with the names of transformers 5.
 
-    Batch size, learning rate and temperature are common choices for a model of this size, an assumption to be tuned.
+    `warmup_steps` below 1 is a share of all steps. Batch size, learning rate and temperature are common choices for a
+    model of this size, an assumption to be tuned.
     """
     spec = state.get("spec", {})
     named = prompts(contract)
@@ -101,7 +106,7 @@ def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) 
         "num_train_epochs": 1,
         "learning_rate": 2e-5,
         "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.1,
+        "warmup_steps": 0.1,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "bf16": spec.get("precision", "bfloat16") == "bfloat16",
@@ -109,6 +114,7 @@ def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) 
         "seed": spec.get("seed", 42),
         "logging_steps": 10,
         "save_steps": 500,
+        "save_total_limit": 2,
     }
 
 

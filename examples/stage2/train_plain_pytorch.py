@@ -33,19 +33,20 @@ class Texts:
         self.contract: dict[str, Any] = json.loads((export / "anchor.json").read_text(encoding="utf-8"))
         self.tokenizer = AutoTokenizer.from_pretrained(export)
         self.eos: int = self.contract["eos_token_id"]
+        if self.contract["pooling_mode"] not in ("eos_token", "last_token"):
+            raise SystemExit(f"{export}: pools by {self.contract['pooling_mode']}; here a text's last state is read")
 
     def ids(self, content: str, instruction: str | None) -> list[int]:
         """Ids of one templated text. The export's tokenizer closes it with [EOS], which truncation keeps."""
         text = f"{instruction}; {content}" if instruction else content
         before = self.contract["text_template"].partition("{text}")[0]
-        ids: list[int] = self.tokenizer(
-            before + text.strip(), truncation=True, max_length=self.contract["max_seq_length"]
-        )["input_ids"]
+        ids: list[int] = self.tokenizer(before + text.strip(), truncation=True)["input_ids"]
         return ids
 
     def query(self, row: Row) -> list[int]:
         instructions = self.contract["instructions"]
-        return self.ids(row["anchor"], instructions.get(row.get("language", "*"), next(iter(instructions.values()))))
+        usual = instructions.get("*", next(iter(instructions.values())))
+        return self.ids(row["anchor"], instructions.get(row.get("language"), usual))
 
     def document(self, text: str) -> list[int]:
         return self.ids(text, None)
@@ -109,7 +110,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     if args.out.exists():
         parser.error(f"{args.out}: exists already")
 
-    rows: list[Row] = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    with open(args.data, encoding="utf-8") as file:
+        rows: list[Row] = [json.loads(line) for line in file]
     args.batch_size = min(args.batch_size, len(rows))
     negatives = sorted(name for name in rows[0] if name.startswith("negative"))
     texts = Texts(args.export)
@@ -136,9 +138,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
         if step % 10 == 0 or step == args.steps - 1:
             print(f"step {step + 1}/{args.steps}  loss {losses[-1]:.4f}")
 
-    # The export's files say how to use the model in every stack: keep them all, replace the weights.
-    shutil.copytree(args.export, args.out, ignore=shutil.ignore_patterns("*.safetensors*", "parity.json"))
+    # The export's files say how every stack uses the model: keep them. Weights and what was said of them are new.
+    of_stage_one = ("*.safetensors*", "parity.json", "scores.json", "stage_II.json", "README.md")
+    shutil.copytree(args.export, args.out, ignore=shutil.ignore_patterns(*of_stage_one))
     language_model.save_pretrained(args.out)
+    contract = json.dumps(texts.contract | {"dtype": "float32"}, ensure_ascii=False, indent=2)
+    (args.out / "anchor.json").write_text(contract + "\n", encoding="utf-8")
     return losses
 
 
