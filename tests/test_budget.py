@@ -56,6 +56,17 @@ def test_liger_leaves_room_for_more_tokens() -> None:
     assert fused > plain
 
 
+def test_the_kernel_that_will_run_is_counted() -> None:
+    """One call a text keeps keys and values of all heads; fp32 has no flash kernel, whatever the spec asks for."""
+    want = largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False, kernel="sdpa")
+    assert want < largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False)
+    for told, kernel in ((spec(), "sdpa"), (spec(attn_implementation="sdpa"), None)):
+        assert choose_budget(told, SHAPE, TWO, 94 * GIB, 1024, kernel=kernel).tokens == want
+    fp32 = StateOptions(4, 4, 4, world_size=2)
+    got = choose_budget(spec(precision="float32"), SHAPE, fp32, 94 * GIB, 1024).tokens
+    assert got == largest_budget(SHAPE, fp32, 94 * GIB, checkpointing=False, kernel="sdpa")
+
+
 @pytest.mark.parametrize(
     ("name", "want"),
     [

@@ -51,6 +51,13 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
     assert want == pytest.approx(got, rel=0.01)
 
 
+def test_liger_saves_no_more_than_it_surely_fuses() -> None:
+    """fp32 inputs of the two norms of a layer (4 h each) and silu(gate) (b f); not the norms of queries and keys."""
+    shape = ModelShape.from_config(QWEN3_0_6B)
+    eager, fused = (memory_model.layer_bytes_per_token(shape, 2, liger=liger) for liger in (False, True))
+    assert eager - fused == 2 * 4 * 1024 + 2 * 3072
+
+
 def test_states_of_zero_2_on_two_gpus_by_hand() -> None:
     parameters = 596_049_920
     got = memory_model.state_bytes(

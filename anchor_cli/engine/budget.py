@@ -29,20 +29,24 @@ def choose_budget(
     device_bytes: float | None,
     longest_row: int,
     *,
+    kernel: str | None = None,
     liger: bool = False,
 ) -> Budget:
     """What the spec says; where it leaves the choice, what fits into `device_bytes` (None: a CPU).
 
     Checkpointing costs one more forward pass, so `auto` takes it only if, without it, the budget (or, when that is open
     too, `EFFICIENT_TOKENS` and the longest row) does not fit. A chosen budget is never below the longest row.
+    `kernel`: the one that will run, where that is known; else what the spec lets expect (fp32 has no flash kernel).
     """
     wish, given = spec.gradient_checkpointing, spec.max_tokens_per_micro_batch
     checkpointing, why = wish is True, "the spec"
     if device_bytes is None or shape is None:
         tokens, source = (given, "the spec") if given else (max(longest_row, CPU_TOKENS), "the CPU's default")
         return Budget(tokens, source, checkpointing, why if wish != "auto" else "auto: off on a CPU")
+    if kernel is None:
+        kernel = "sdpa" if spec.attn_implementation == "sdpa" or spec.precision == "float32" else "flash"
     fitting = {
-        recompute: largest_budget(shape, options, device_bytes, checkpointing=recompute, liger=liger)
+        recompute: largest_budget(shape, options, device_bytes, checkpointing=recompute, kernel=kernel, liger=liger)
         for recompute in (False, True)
     }
     if wish == "auto":

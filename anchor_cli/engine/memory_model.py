@@ -60,11 +60,15 @@ class Memory:
 
 
 def layer_bytes_per_token(shape: ModelShape, b: int, *, kernel: str = "flash", liger: bool = False) -> float:
-    """Bytes autograd keeps of one layer, per token. `kernel`: `flash` (grouped heads) or `sdpa` (one call a text)."""
+    """Bytes autograd keeps of one layer, per token. `kernel`: `flash` (grouped heads) or `sdpa` (one call a text).
+
+    Liger's norms of queries and keys are not counted on: it fuses them in an existing Qwen3 from 0.8.5 on only
+    (https://github.com/linkedin/Liger-Kernel/pull/1470).
+    """
     h, f = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norms = 2 * ((2 * b if liger else 4 + 2 * b) * h + 4)  # eager: fp32 input, normed, output; Liger: input, output
-    qk_norms = ((b if liger else 4 + b) * (q + kv) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
+    qk_norms = ((4 + b) * (q + kv) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
     attention = b * (q + 2 * kv + q)  # rotated q and k, v, output
     if kernel == "sdpa":
         attention = b * 5 * q  # k and v repeated to all heads; the texts' outputs and their concatenation
@@ -134,12 +138,20 @@ def training_memory(
 
 
 def largest_budget(
-    shape: ModelShape, options: StateOptions, device_bytes: float, *, checkpointing: bool, liger: bool = False
+    shape: ModelShape,
+    options: StateOptions,
+    device_bytes: float,
+    *,
+    checkpointing: bool,
+    kernel: str = "flash",
+    liger: bool = False,
 ) -> int:
     """The largest budget, a multiple of 1,024 up to 65,536 tokens, whose peak fits in the usable memory; 0 if none."""
 
     def needs(tokens: int) -> float:
-        return training_memory(shape, options, tokens, checkpointing=checkpointing, liger=liger).total
+        return training_memory(
+            shape, options, tokens, checkpointing=checkpointing, kernel=kernel, liger=liger
+        ).total
 
     fits = [t for t in range(TOKENS_STEP, LARGEST_BUDGET + 1, TOKENS_STEP) if needs(t) <= USABLE_SHARE * device_bytes]
     return max(fits, default=0)
