@@ -205,7 +205,7 @@ class RunSpec(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the keys the result depends on; a run is resumed only under the same one."""
+        """SHA-256 of the keys the result depends on, for names; a resume compares key by key (`engine/setup.py`)."""
         left_out = set(NOT_OF_THE_RESULT)
         if self.global_batch_size:
             left_out |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
