@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,22 @@ def beir(tmp_path: Path) -> Path:
     return folder
 
 
-def test_one_model_as_json(small_model: Path, beir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_model_as_json(
+    small_model: Path, beir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anchor_cli.engine import evaluate
+
+    asked: list[str] = []
+
+    def search(*arguments: Any, device: str) -> Any:
+        asked.append(device)
+        return vector_search(*arguments, device=device)
+
+    vector_search = evaluate.search
+    monkeypatch.setattr(evaluate, "search", search)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # --device cpu is the search's, too
     assert run(["eval", str(small_model), "--data", f"ko:{beir}", "--json", "--device", "cpu"]) == 0
+    assert asked == ["cpu"]
     said = capsys.readouterr()
     got = json.loads(said.out)
     assert set(got) == {"model", "results", "avg"} and got["model"] == str(small_model)

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,26 @@ def test_texts_are_encoded_once_and_longest_first() -> None:
     assert set(embedder.asked.values()) == {1} and len(embedder.asked) == 118 + 30
     lengths = [len(text) for text in embedder.asked if text.startswith("문서")]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(("device", "want"), [("cpu", "cpu"), (None, "cuda")])
+def test_it_searches_where_it_is_told(device: str | None, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from anchor_cli.engine import evaluate as module
+
+    asked: list[str] = []
+
+    def search(*arguments: Any, device: str) -> Any:
+        asked.append(device)
+        return vector_search(*arguments, device="cpu")
+
+    vector_search = module.search
+    monkeypatch.setattr(module, "search", search)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    benchmark, embedder = a_benchmark(grades=[1])
+    evaluate_one(embedder, benchmark, device=device)
+    assert asked == [want]
 
 
 def test_names_of_what_is_logged() -> None:

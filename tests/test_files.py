@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from anchor_cli.words import files
 from anchor_cli.words.contract import TextContract, differences, read_contract, write_contract
-from anchor_cli.words.errors import InputError
+from anchor_cli.words.errors import InputError, RunError
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -84,7 +86,41 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "rename", record_rename)
     with files.staged_folder(tmp_path / "result") as folder:
         (folder / "a").write_text("a")
-    assert done == ["a", f".result.partial-{os.getpid()}", "rename", tmp_path.name]
+    assert done == ["a", f".result.partial-{socket.gethostname()}-{os.getpid()}", "rename", tmp_path.name]
+
+
+def test_only_what_a_dead_process_of_this_host_left_is_abandoned(tmp_path: Path) -> None:
+    dead = 2**22 + 1  # above the highest process number of Linux
+    here = socket.gethostname()
+    for name, want in [
+        (f".out.partial-{here}-{dead}", True),
+        (f".out.partial-{here}-{os.getppid()}", False),
+        (f".out.partial-node-7-{dead}", False),  # another node of a shared disk: nobody here can know
+        (f".out.partial-{dead}", True),  # as an older version named it
+        (f".out.partial-{os.getppid()}", False),
+        ("out", False),
+        (f".out.old-{dead}", False),
+    ]:
+        assert files.is_abandoned(tmp_path / name) is want, name
+    assert files.writer_of(f".out.partial-node-7-{dead}") == ("node-7", dead)
+    assert files.writer_of(files.partial_of(tmp_path / "out")) == (here, os.getpid())
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (errno.ENOSPC, RunError, "out: the disk is full; nothing was written"),
+        (errno.EDQUOT, RunError, "out: the disk is full; nothing was written"),
+        (errno.EROFS, InputError, "there: Read-only file system"),
+        (errno.EACCES, InputError, "there: Permission denied"),
+        (errno.EIO, OSError, "Input/output error"),
+    ],
+)
+def test_disk_errors_are_said_in_one_line(number: int, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind) as caught:
+        with files.words_for_disk_errors("out"):
+            raise OSError(number, os.strerror(number), "there")
+    assert said in str(caught.value)
 
 
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

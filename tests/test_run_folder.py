@@ -98,6 +98,20 @@ def test_what_is_not_there_is_said_with_the_nearest_name(home: Path, tmp_path: P
         run_folder.find_checkpoint(run / "a-file")
 
 
+def test_ours_is_told_by_files_and_not_by_a_name_alone(tmp_path: Path) -> None:
+    for name, files, want in [
+        ("checkpoint-7", ["training_state.json"], True),
+        ("checkpoint-8", ["anchor.json"], True),  # damaged, but of ours
+        ("step", ["training_state.json"], True),
+        ("export", ["anchor.json", "config.json"], False),  # an export has no training state to be whole by
+        ("checkpoint-9", ["config.json", "model.safetensors"], False),  # another trainer's
+    ]:
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+        assert run_folder.is_ours(tmp_path / name) is want, name
+
+
 def test_a_home_that_cannot_be_written_is_no_reason_to_fail(home: Path, tmp_path: Path) -> None:
     home.write_text("a file where the folder should be")
     run_folder.remember_run(tmp_path)

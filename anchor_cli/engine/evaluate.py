@@ -86,12 +86,14 @@ def evaluate_one(
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
     depth: int = 0,
+    device: str | None = None,
     advance: Advance | None = None,
 ) -> BenchmarkResult:
     """One benchmark: encode, search, score.
 
-    `depth`: documents kept for every query, at least as many as the metrics need. `advance(n)`: n more texts are done.
-    Equal texts are encoded once, so that they tie.
+    `depth`: documents kept for every query, at least as many as the metrics need. `device`: where to search (to
+    encode, the embedder has its own); by default the GPU if there is one. `advance(n)`: n more texts are done. Equal
+    texts are encoded once, so that they tie.
     """
     query_ids = _counted(benchmark)
     texts = [benchmark.queries[query] for query in query_ids]
@@ -105,7 +107,7 @@ def evaluate_one(
         documents if len(documents) == len(document_ids) else documents[document_rows],
         max(depth, *(parse_metric(metric)[1] for metric in metrics)),
         ties,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     found = [[document_ids[index] for index in row] for row in indices]
     place = dict(zip(document_ids, document_rows))

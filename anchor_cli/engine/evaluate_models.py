@@ -16,16 +16,8 @@ from anchor_cli.engine.embedder import Embedder, load_embedder
 from anchor_cli.engine.evaluate import BenchmarkResult, evaluate_bm25, evaluate_one
 from anchor_cli.model.retrieval import parse_metric
 from anchor_cli.words.console import progress, say
-from anchor_cli.words.contract import FILE_NAME
 from anchor_cli.words.errors import AnchorError, InputError
-from anchor_cli.words.run_folder import (
-    TRAINING_STATE,
-    checkpoint_step,
-    find_checkpoint,
-    last_run,
-    list_checkpoints,
-    newest_checkpoint,
-)
+from anchor_cli.words.run_folder import find_checkpoint, is_ours, last_run, list_checkpoints, newest_checkpoint
 
 DEPTH = 100
 """Documents kept for every query, for run files and for showing where the right one was."""
@@ -73,8 +65,7 @@ def _place(name: str) -> ModelPlace:
 
 def _checked(name: str, folder: Path) -> ModelPlace:
     """The place, once it is sure that a whole model is there."""
-    ours = (folder / TRAINING_STATE).is_file() or (checkpoint_step(folder) and (folder / FILE_NAME).is_file())
-    if ours and (problems := verify_checkpoint(folder, hashes=False)):
+    if is_ours(folder) and (problems := verify_checkpoint(folder, hashes=False)):
         others = [path.name for path in list_checkpoints(folder.parent) if path != folder]
         hint = f"choose another checkpoint: {', '.join(others)}" if others else "it cannot be used"
         raise InputError(f"{folder}: not a whole checkpoint: {problems[0]}", hint)
@@ -121,7 +112,7 @@ def evaluate_models(
     outcome = []
     for model in models:
         embedder = _load(model, batch_tokens, device)
-        outcome.append(ModelResult(model.name, _run(embedder, model.name, benchmarks, metrics)))
+        outcome.append(ModelResult(model.name, _run(embedder, model.name, benchmarks, metrics, device)))
         del embedder
         gc.collect()
     if baseline:
@@ -144,13 +135,13 @@ def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
 
 
 def _run(
-    embedder: Embedder, name: str, benchmarks: Sequence[Benchmark], metrics: Sequence[str]
+    embedder: Embedder, name: str, benchmarks: Sequence[Benchmark], metrics: Sequence[str], device: str | None
 ) -> list[BenchmarkResult]:
     num_texts = sum(
         len(set(benchmark.queries.values())) + len(set(benchmark.corpus.values())) for benchmark in benchmarks
     )
     with progress(f"encoding with {Path(name).name}", num_texts, "texts") as bar:
         return [
-            evaluate_one(embedder, benchmark, metrics=metrics, depth=DEPTH, advance=bar.advance)
+            evaluate_one(embedder, benchmark, metrics=metrics, depth=DEPTH, device=device, advance=bar.advance)
             for benchmark in benchmarks
         ]

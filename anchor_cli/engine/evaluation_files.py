@@ -11,7 +11,7 @@ from typing import Any
 
 from anchor_cli.engine.comparison import ModelResult, details, document, labels
 from anchor_cli.engine.evaluate import BenchmarkResult
-from anchor_cli.words.files import write_json, write_text_atomic
+from anchor_cli.words.files import words_for_disk_errors, write_json, write_text_atomic
 
 
 def worst_queries(model: ModelResult, number: int, metric: str) -> list[dict[str, Any]]:
@@ -62,7 +62,18 @@ def cut(text: str, width: int) -> str:
 
 
 def write_files(out: Path, models: Sequence[ModelResult], metrics: Sequence[str]) -> list[Path]:
-    """`{model}/{benchmark}.run` (TREC), `{model}/queries.csv` and `results.json` below `out`; old ones go."""
+    """`{model}/{benchmark}.run` (TREC), `{model}/queries.csv` and `results.json` below `out`.
+
+    A file of the same name is replaced; those of other models or benchmarks stay.
+
+    Raises:
+        RunError: the disk is full. InputError: nothing may be written there.
+    """
+    with words_for_disk_errors(out):
+        return _write_files(out, models, metrics)
+
+
+def _write_files(out: Path, models: Sequence[ModelResult], metrics: Sequence[str]) -> list[Path]:
     written = []
     for label, model in zip(labels([model.model for model in models]), models):
         folder = out / file_name(label)

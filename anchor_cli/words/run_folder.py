@@ -75,6 +75,18 @@ def checkpoint_step(path: str | Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_ours(folder: str | Path) -> bool:
+    """Whether a folder was written by `anchor train`, so that it must be whole; by its files, not by its name alone.
+
+    Other trainers name theirs `checkpoint-N` too. One of ours that lost its training state still has its contract.
+    """
+    from anchor_cli.words.contract import FILE_NAME
+
+    if (Path(folder) / TRAINING_STATE).is_file():
+        return True
+    return checkpoint_step(folder) is not None and (Path(folder) / FILE_NAME).is_file()
+
+
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Checkpoints of a run, oldest step first. A folder has its name only once it is whole."""
     found = [path for path in Path(run).glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
