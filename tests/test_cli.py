@@ -121,6 +121,22 @@ def test_init_writes_a_spec_that_is_whole(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(["init", str(path), "--data", "x", "--force"]) == 0
 
 
+def test_a_spec_is_not_judged_by_a_number_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"train_batch_size": 128, "train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": 2}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))  # 32 x 2 on 2 GPUs
+    spec = {"model_name_or_path": "m", "dataset_file_path": "d", "deepspeed": "ds.json"}
+    path, keys = tmp_path / "run.json", {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 2}
+    path.write_text(json.dumps(spec | keys))
+    assert cli.run(["spec", str(path)]) == 0
+    capsys.readouterr()
+    path.write_text(json.dumps(spec | keys | {"global_batch_size": 256}))  # the same on any number of GPUs
+    assert cli.run(["spec", str(path)]) == 2
+    assert "train_batch_size 128 contradicts the spec's global batch" in capsys.readouterr().err
+    path.write_text(json.dumps(spec | keys | {"per_device_train_batch_size": 16}))
+    assert cli.run(["spec", str(path)]) == 2
+    assert "train_micro_batch_size_per_gpu 32 contradicts" in capsys.readouterr().err
+
+
 def test_init_asks_only_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["init", str(tmp_path / "a.json")]) == 2
     assert capsys.readouterr().err == "anchor: --data is missing, expected a prepared folder or a raw source\n"

@@ -59,6 +59,8 @@ def _check_deepspeed(spec: object, path: str) -> None:
 
     assert isinstance(spec, RunSpec)
     raw = load_ds_config(spec.deepspeed, Path(path).parent)
+    if spec.global_batch_size is None:  # then it depends on the number of GPUs, which only a run knows
+        raw.pop("train_batch_size", None)
     resolve_ds_config(
         raw,
         spec,
