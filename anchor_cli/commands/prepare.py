@@ -18,7 +18,7 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE…",
+            metavar="SOURCE",
             help="A save_to_disk folder; .jsonl .json .csv .tsv .parquet, plain, .gz or .zst; a quoted glob; a Hub id. "
             f"Or the word {NANOBEIR}: a snapshot of the evaluation sets.",
         ),
@@ -26,16 +26,21 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to make; must not exist.")],
     query_column: Annotated[str | None, typer.Option(help="Column of the query. [guessed]")] = None,
     document_column: Annotated[str | None, typer.Option(help="Column of the document, or of a list. [guessed]")] = None,
-    language_column: Annotated[str | None, typer.Option(help="Column of the language. [told from the script]")] = None,
+    language_column: Annotated[
+        str | None, typer.Option(help="Column of the language. [guessed, else told from the script: ko or en]")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Model folder, tokenizer.json or Hub id. [Qwen/Qwen3-0.6B]", metavar="MODEL")
     ] = None,
     max_seq_length: Annotated[
-        int | None, typer.Option(min=4, help="Tokens of a text, template and [EOS] included. [512]", show_default=False)
+        int | None, typer.Option(min=5, help="Tokens of a text, template and [EOS] included. [512]", show_default=False)
     ] = None,
     instruction: Annotated[
         list[str] | None,
-        typer.Option(metavar="[LANG=]TEXT", help="Instruction of training queries, of one language or all. [Korean]"),
+        typer.Option(
+            metavar="[LANG=]TEXT",
+            help="Instruction of training queries, of one language or all; may be repeated. [Korean]",
+        ),
     ] = None,
     text_template: Annotated[str | None, typer.Option(help="Text around {text}; ends in [EOS].")] = None,
     spec: Annotated[
@@ -49,7 +54,10 @@ def prepare(
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="BEIR_DIR", help=f"Leave out rows that are in this benchmark; {NANOBEIR} works too."),
+        typer.Option(
+            metavar="BEIR_DIR",
+            help=f"Leave out rows that are in this benchmark; {NANOBEIR} works too; may be repeated.",
+        ),
     ] = None,
     exclude_ngram: Annotated[int, typer.Option(min=2, help="Equal words in a row that count as a leak.")] = 13,
     near_duplicates: Annotated[
