@@ -73,6 +73,8 @@ def test_random_rows_come_back_in_the_order_asked(tmp_path: Path) -> None:
     ]:
         assert ours.dtype == np.int32
         assert ours.tolist() == [row[theirs] for row in want]
+    for row in (0, 49, 50, 500):
+        assert pairs.content_starts(row) == (want[row]["query_content_start"], want[row]["document_content_start"])
     assert pairs.texts(300) == (want[300]["anchor"], want[300]["positive"], "ko")
     with pytest.raises(IndexError):
         pairs.tokens([501])
@@ -111,9 +113,12 @@ def test_what_is_not_whole_is_refused_with_the_remedy(tmp_path: Path) -> None:
     def refused(match: str) -> None:
         with pytest.raises(InputError, match=match) as caught:
             PreparedPairs.open(folder)
-        assert f"anchor prepare SOURCE… --out {folder}" in str(caught.value.hint)
+        assert f"anchor prepare SOURCE… --spec SPEC --out {place}" in str(caught.value.hint)
+        assert not place.exists()  # --out must not
 
+    place = folder
     refused("no such folder")
+    place = tmp_path / "data-new"
     write(folder, rows(30), chunk=30)
     shard = folder / "data-00000-of-00001.arrow"
     content = shard.read_bytes()
@@ -138,4 +143,5 @@ def test_data_for_another_tokenizer_or_template_is_refused(tmp_path: Path) -> No
     for change in ({"tokenizer_fingerprint": "0" * 64}, {"text_template": "x{text}<|im_end|>"}, {"max_seq_length": 99}):
         with pytest.raises(InputError, match=next(iter(change))) as caught:
             pairs.require(CONTRACT.model_copy(update=change))
-        assert "anchor prepare" in str(caught.value.hint)
+        remedy = f"--spec SPEC --out {tmp_path / 'data'}-new, and name that in dataset_file_path"
+        assert str(caught.value.hint).endswith(remedy)

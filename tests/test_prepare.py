@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -259,10 +260,34 @@ def test_a_live_run_is_not_disturbed_and_an_old_one_is_cleared(
     with pytest.raises(InputError, match=f"process {os.getppid()} is preparing it"):
         prepare([str(source)], tmp_path / "out", tokenizer=tokenizer_folder)
     live.rename(tmp_path / ".out.partial-4194305")  # above the highest process number of Linux
+    other = tmp_path / ".out.partial-node7-4194305"
+    other.mkdir()
     prepare([str(source)], tmp_path / "out", tokenizer=tokenizer_folder)
-    assert "left by a run that was stopped; removed, starting over" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ".out.partial-4194305: left by a run that was stopped; removed, starting over" in said
+    assert f"{other}: begun by process 4194305 of node7; let alone" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out", "rows.jsonl"]
     with pytest.raises(InputError, match="exists already"):
         prepare([str(source)], tmp_path / "out", tokenizer=tokenizer_folder)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 30)
+    command = ["prepare", str(source), "--tokenizer", str(tokenizer_folder), "--out"]
+    assert run([*command, str(source / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-2].endswith("rows.jsonl: File exists")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("anchor_cli.data.shards._HashingFile.write", full)
+    assert run([*command, str(tmp_path / "out")]) == 1
+    message, remedy = capsys.readouterr().err.splitlines()[-2:]
+    assert f"{tmp_path / 'out'}: the disk is full; nothing was written" in message
+    assert "--out" in remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_the_command_prints_a_table_or_json(

@@ -175,6 +175,24 @@ def test_languages_and_their_instructions(tmp_path: Path, tokenizer_folder: Path
     assert summary.as_dict()["languages"] == {"ko": 2, "fr": 1}
 
 
+def test_a_language_that_is_no_text_rejects_its_row(tmp_path: Path, tokenizer_folder: Path) -> None:
+    lines = [
+        b'{"query": "a", "document": "b", "lang": "en"}',
+        b'{"query": "c", "document": "d", "lang": "\\ud800"}',
+        b'{"query": "e", "document": "f", "lang": "ko"}',
+    ]
+    (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "pairs.csv").write_bytes(b"query,document,lang\na,b,en\nc,d,e\xffn\ne,f,ko\n")
+    raw = pa.array([b"en", b"\xff", b"ko"], pa.binary())
+    broken = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    columns = {"query": ["a", "c", "e"], "document": ["b", "d", "f"], "lang": broken}
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    for form in ("jsonl", "csv", "parquet"):
+        summary = prepare([str(tmp_path / f"pairs.{form}")], tmp_path / form, tokenizer=tokenizer_folder)
+        assert rejected(tmp_path / form) == [(1, "unknown_language", None)]
+        assert summary.as_dict()["languages"] == {"en": 1, "ko": 1}
+
+
 def test_near_duplicates_only_when_asked(tmp_path: Path, tokenizer_folder: Path) -> None:
     pytest.importorskip("datasketch")
     document = " ".join(f"the otter number {index} lives in the river" for index in range(60))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,39 @@ def test_columns_are_guessed_only_when_unambiguous(
     assert ("guessed" in said) == (len(asked) < 2)
 
 
+def fields(path: Path, content: str) -> list[tuple[Any, ...]]:
+    path.write_text(content, encoding="utf-8", newline="")
+    return [row[:2] for part in read_parts(path, Columns("query", "document"), Limits()) for row in part.data]
+
+
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        ('"열린 따옴표\td 1\nq2\td 2\n', [('"열린 따옴표', "d 1"), ("q2", "d 2")]),  # one open quote
+        ('q1\t"one" more\nq2\td 2\n', [("q1", '"one" more'), ("q2", "d 2")]),
+        ('"a\td 1\nq2\t"d 2"\n', [('"a', "d 1"), ("q2", '"d 2"')]),
+        ('q1\t5"\nq2\td 2\n', [("q1", '5"'), ("q2", "d 2")]),
+        ('q1\t"two\nlines, ""x"""\n"q\t2"\td 2\n', [("q1", 'two\nlines, "x"'), ("q\t2", "d 2")]),  # really quoted
+    ],
+)
+def test_quotes_of_a_tsv_count_only_when_it_is_quoted(content: str, want: Any, tmp_path: Path) -> None:
+    assert fields(tmp_path / "rows.tsv", "query\tdocument\n" + content) == want
+
+
+def test_a_quoted_tsv_may_have_a_quoted_header_and_much_before_its_first_quote(tmp_path: Path) -> None:
+    assert fields(tmp_path / "a.tsv", '"query"\t"document"\nq\t"a\nb"\n') == [("q", "a\nb")]
+    header, quoted, plain = "query\tdocument\n", 'q\t"a\nb"\n', f"plain\t{'plain' * 24}\n" * 40_000  # 5 MB
+    assert fields(tmp_path / "b.tsv", header + plain + quoted)[-2:] == [("plain", "plain" * 24), ("q", "a\nb")]
+    with pytest.raises(InputError, match="c.tsv:40004: the row that begins here is not TSV, found at line 40004"):
+        fields(tmp_path / "c.tsv", header + quoted + plain + '"open\td\n')
+
+
+def test_a_run_away_quote_is_named_before_it_has_swallowed_the_file(tmp_path: Path) -> None:
+    content = 'query,document\na,"b\n' + "question,document\n" * 250_000 + 'a,"b"\n'  # 4.5 MB
+    with pytest.raises(InputError, match="long.csv:2: a quote opened in this row is not closed in 4,000,0"):
+        fields(tmp_path / "long.csv", content)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
@@ -237,6 +272,8 @@ def test_columns_are_guessed_only_when_unambiguous(
         ("bad.arrow", b"\x00" * 100, "cannot be read"),
         ("cut.json", json.dumps(ROWS).encode()[:-30], "item 44 is not JSON"),
         ("empty.jsonl", b"", r"\(no columns\)"),
+        ("open.csv", b'query,document\na,"b\n' + b"q,d\n" * 9, "open.csv:2: .* found at line 11: unexpected end"),
+        ("stray.csv", b'query,document\nq,d\na,"b\nq,d\nq,"d"\n', "stray.csv:3: the row .* found at line 5: ',' exp"),
     ],
 )
 def test_what_cannot_be_read_is_said_and_leaves_nothing(
@@ -247,6 +284,28 @@ def test_what_cannot_be_read_is_said_and_leaves_nothing(
     with pytest.raises(InputError, match=match):
         prepare([str(tmp_path / name)], tmp_path / "out", tokenizer=tokenizer_folder)
     assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
+
+
+def test_a_cut_off_arrow_stream_is_said_with_the_remedy(tmp_path: Path, tokenizer_folder: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "disk"))
+    [path] = (tmp_path / "disk").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=f"{path.name}: cannot be read to its end") as caught:
+        prepare([str(tmp_path / "disk")], tmp_path / "out", tokenizer=tokenizer_folder)
+    assert "copy it again" in str(caught.value.hint)
+
+
+def test_a_parquet_file_is_read_piece_by_piece(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [rng.randbytes(2000).hex() for _ in range(8000)]  # one row group of 32 MB
+    rows = [{"query": str(row), "document": text} for row, text in enumerate(texts)]
+    pq.write_table(table(rows), tmp_path / "a.parquet")
+    tracemalloc.start()  # sees the bytes read from the file: 34 MB when the row group is read at once
+    read = sum(part.num_rows for part in read_parts(tmp_path / "a.parquet", Columns("query", "document"), Limits()))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read == len(texts)
+    assert most < 12e6
 
 
 def test_a_near_name_is_suggested(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -263,6 +322,24 @@ def test_a_dict_of_splits_wants_one_named(tmp_path: Path, tokenizer_folder: Path
         prepare([str(tmp_path / "dict")], tmp_path / "out", tokenizer=tokenizer_folder)
     summary = prepare([str(tmp_path / "dict")], tmp_path / "out", tokenizer=tokenizer_folder, split="dev")
     assert summary.tally.num_in == 3
+
+
+def test_a_split_that_changes_nothing_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("split", "subset"):
+        (tmp_path / option).mkdir()
+        for form in ("rows.jsonl", "disk", "folder"):
+            with pytest.raises(InputError, match=f"--{option} dev: .*{form}: no {option}s there"):
+                parts: dict[str, Any] = {option: "dev"}
+                prepare([made(ROWS, form, tmp_path / option)], tmp_path / "out", tokenizer=tokenizer_folder, **parts)
+    capsys.readouterr()
+    both = [made(ROWS, "dict", tmp_path), str(tmp_path / "split" / "folder")]
+    summary = prepare(both, tmp_path / "out", tokenizer=tokenizer_folder, split="test")
+    assert summary.tally.num_in == 2 + len(ROWS)
+    said = capsys.readouterr().err
+    assert f"{both[1]}: reading 3 files: a.jsonl, b.jsonl, empty.jsonl" in said
+    assert f"{both[1]}: no splits there; read whole" in said
 
 
 def parts_of(path: Path, limits: Limits) -> Iterator[tuple[str, int, int]]:

@@ -6,6 +6,7 @@ Every function looks at one row alone. Duplicates need the rows before: `Seen` k
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tempfile
 import unicodedata
@@ -28,7 +29,7 @@ REASONS = {
     "lone_surrogate": "the text holds half of a surrogate pair, such as \\ud800",
     "whitespace": "nothing in the text is visible",
     "query_is_document": "query and document are the same text",
-    "unknown_language": "no instruction is given for the row's language",
+    "unknown_language": "no instruction is given for the row's language, or its value is no text",
     "leak_query": "the text is one of a benchmark's queries",
     "leak_document": "the text is one of a benchmark's documents",
     "leak_ngram": "the text shares a long run of words with a benchmark",
@@ -71,8 +72,13 @@ def canonical(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def row_language(given: Any, query: str, document: str) -> str:
-    """The language column's value, else told from the script of the query (of the document if it has no letter)."""
+def row_language(given: Any, query: str, document: str) -> str | None:
+    """The language column's value, else told from the script of the query (of the document if it has no letter).
+
+    None for a value that is no text: half of a surrogate pair, or a byte that is not UTF-8.
+    """
+    if isinstance(given, str) and _SURROGATE.search(given):
+        return None
     if isinstance(given, str) and given.strip():
         return given.strip()
     return language_of(query if any(map(str.isalpha, query)) else document[:1000])
@@ -123,4 +129,6 @@ class Seen:
             return np.empty(num, dtype=np.uint64)
         with tempfile.TemporaryFile(dir=self._folder) as file:  # has no name: it goes when the array goes
             file.truncate(8 * num)
+            if hasattr(os, "posix_fallocate"):  # else a full disk is a SIGBUS when the map is written
+                os.posix_fallocate(file.fileno(), 0, 8 * num)
             return np.memmap(file, dtype=np.uint64, mode="r+", shape=num)

@@ -28,7 +28,7 @@ from anchor_cli.data.beir import (
 )
 from anchor_cli.words.console import progress
 from anchor_cli.words.errors import InputError, RunError, nearest
-from anchor_cli.words.files import sha256_file, staged_folder, write_json, write_text_atomic
+from anchor_cli.words.files import sha256_file, staged_folder, words_for_disk_errors, write_json, write_text_atomic
 
 HUB_IDS = {"ko": "sionic-ai/NanoBEIR-ko", "en": "sentence-transformers/NanoBEIR-en"}
 KURE_SUBSETS = ("NanoMSMARCO", "NanoNQ")
@@ -205,14 +205,15 @@ def snapshot_nanobeir(
     `sources`: Hub id or folder by language, instead of `HUB_IDS`.
 
     Raises:
-        InputError, RunError: a subset cannot be read; then `out` does not appear.
+        InputError, RunError: a subset cannot be read or written; then `out` does not appear.
     """
     chosen = {**HUB_IDS, **(sources or {})}
     wanted = [(language, subset_named(subset)) for language in languages for subset in subsets]
     if unknown := [language for language, _ in wanted if language not in chosen]:
         raise InputError(f"NanoBEIR language {unknown[0]!r}: expected one of {', '.join(chosen)}")
     manifest: dict[str, Any] = {"format": 1, "sources": {}, "sets": {}}
-    with staged_folder(out) as staged, progress("NanoBEIR", len(wanted), "sets") as bar:
+    told = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
+    with told, staged_folder(out) as staged, progress("NanoBEIR", len(wanted), "sets") as bar:
         for language, subset in wanted:
             source = chosen[language]
             if language not in manifest["sources"]:

@@ -35,8 +35,8 @@ NUMBER_COLUMNS = (
     "query_inner_eos",  # [EOS] ids before the closing one: special-token strings in the text
     "document_inner_eos",
 )
-_NOT_OF_THE_ROWS = ("pooling_mode", "instructions")  # keys of the contract that change no prepared row
-_REMEDY = "run: anchor prepare SOURCE… --out {folder}"
+NOT_OF_THE_ROWS = frozenset({"pooling_mode", "instructions", "attention", "dtype"})
+"""Keys of the contract that change no prepared row."""
 
 
 class _Ids(NamedTuple):
@@ -95,7 +95,7 @@ class PreparedPairs:
         Raises:
             InputError: names the first difference; the hint says how to make the right data.
         """
-        found = [line for line in differences(self.contract, want) if line.split(":")[0] not in _NOT_OF_THE_ROWS]
+        found = [line for line in differences(self.contract, want) if line.split(":")[0] not in NOT_OF_THE_ROWS]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             message = f"{self.folder}: prepared otherwise than this run needs: {found[0]}{more}"
@@ -117,10 +117,18 @@ class PreparedPairs:
 
     def texts(self, row: int) -> tuple[str, str, str]:
         """(query, document, language) of one row, as they came in."""
+        query, document, language = self._cells(row, TEXT_COLUMNS)
+        return query, document, language
+
+    def content_starts(self, row: int) -> tuple[int, int]:
+        """Index of the first content token of one row's query and document, without loading the columns."""
+        query, document = self._cells(row, ("query_content_start", "document_content_start"))
+        return query, document
+
+    def _cells(self, row: int, names: tuple[str, ...]) -> list[Any]:
         batch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         index = row - int(self._first_rows[batch])
-        query, document, language = (self._batches[batch].column(name)[index].as_py() for name in TEXT_COLUMNS)
-        return query, document, language
+        return [self._batches[batch].column(name)[index].as_py() for name in names]
 
     @cached_property
     def query_lengths(self) -> Int32Array:
@@ -177,7 +185,10 @@ def _int32(column: pa.Int32Array) -> Int32Array:
 
 
 def _remedy(folder: Path) -> str:
-    return _REMEDY.format(folder=folder)
+    """A command that works: `--out` must not exist, and the spec says model, length, template and instructions."""
+    if not folder.exists():
+        return f"run: anchor prepare SOURCE… --spec SPEC --out {folder}"
+    return f"run: anchor prepare SOURCE… --spec SPEC --out {folder}-new, and name that in dataset_file_path"
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

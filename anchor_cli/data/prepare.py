@@ -28,19 +28,26 @@ from anchor_cli.data.benchmarks import load_benchmarks
 from anchor_cli.data.checks import Seen
 from anchor_cli.data.leaks import NGRAM_WORDS, LeakIndex
 from anchor_cli.data.near import BANDS, require_library
-from anchor_cli.data.pairs import FORMAT, MANIFEST, PreparedPairs
+from anchor_cli.data.pairs import FORMAT, MANIFEST, NOT_OF_THE_ROWS, PreparedPairs
 from anchor_cli.data.prepare_page import write_html
 from anchor_cli.data.prepare_report import PrepareSummary, Tally
 from anchor_cli.data.rows import Prepared, Rejected, Share, Task, Work
 from anchor_cli.data.shards import ShardWriter
 from anchor_cli.data.source_files import Limits
-from anchor_cli.data.sources import Asked, Source, open_source
+from anchor_cli.data.sources import Asked, Source, open_source, require_parts
 from anchor_cli.data.text import TextEncoder, eos_of, load_tokenizer, tokenizer_fingerprint
 from anchor_cli.data.workers import in_order
 from anchor_cli.words.console import progress, say
 from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO, TEXT_TEMPLATE, TextContract, write_contract
 from anchor_cli.words.errors import InputError
-from anchor_cli.words.files import staged_folder, write_json
+from anchor_cli.words.files import (
+    is_abandoned,
+    staged_folder,
+    this_host,
+    words_for_disk_errors,
+    write_json,
+    writer_of,
+)
 
 REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
 _SMALL_ROWS, _SMALL_BYTES = 3000, 1 << 20  # less is done before another process has started
@@ -103,7 +110,7 @@ def prepare(
 
     Raises:
         InputError: sources, columns, template or instructions are not right, or no row is left.
-        RunError: a worker process died, or the Hub cannot be reached.
+        RunError: a worker process died, the disk is full, or the Hub cannot be reached.
     """
     options = Options(
         query_column, document_column, language_column, split, subset, tuple(weights), tuple(exclude), exclude_ngram,
@@ -121,7 +128,8 @@ def prepare(
     )
     if near_duplicates:
         require_library()
-    with staged_folder(out) as staged, _scratch(staged) as scratch:
+    told = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
+    with told, staged_folder(out) as staged, _scratch(staged) as scratch:
         leaks = _leak_folder(options, scratch)
         work = Work(str(tokenizer), contract, Limits(max_characters), leaks, near_duplicates)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
@@ -135,6 +143,7 @@ def _write_all(
 ) -> PrepareSummary:
     asked = Asked(options.query_column, options.document_column, options.language_column, options.split, options.subset)
     sources = [open_source(spec, asked) for spec in specs]
+    require_parts(specs, asked)
     _languages_can_be_told(sources, work.contract)
     shares = _shares(sources, options.weights, work.limits)
     hints = [share.wanted if share else source.rows_hint for source, share in zip(sources, shares, strict=True)]
@@ -193,7 +202,7 @@ class _Keeper:
             example = next(iter(self._first_rejected.values()), None)
             specs = ", ".join(source.spec for source in sources)
             raise InputError(f"{specs}: no row is left of {tally.num_in:,}: {worst}", example)
-        of_the_rows = work.contract.model_dump_json(exclude={"instructions", "pooling_mode"})
+        of_the_rows = work.contract.model_dump_json(exclude=set(NOT_OF_THE_ROWS))
         files, fingerprint = self._writer.finish(of_the_rows)
         write_contract(self._staged, work.contract)
         summary = PrepareSummary(str(out), fingerprint, tally, 0.0)
@@ -318,24 +327,20 @@ def _leak_folder(options: Options, scratch: Path) -> Path | None:
 
 
 def _clear_unfinished(out: Path) -> None:
-    """Remove what an earlier, killed run left beside `out`; refuse to work beside a live one."""
+    """Remove what an earlier, killed run of this host left beside `out`; refuse to work beside a live one.
+
+    On a shared disk another host's is let alone: whether it lives cannot be seen from here.
+    """
     for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*")):
-        pid = left.name.rsplit("-", 1)[1]
-        if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
+        host, process = writer_of(left) or ("", 0)
+        if is_abandoned(left) or (host, process) == (this_host(), os.getpid()):
+            say(f"{left}: left by a run that was stopped; removed, starting over")
+            shutil.rmtree(left, ignore_errors=True)
+        elif host == this_host():
             remedy = f"stop it, or remove {left} if that is another program"
-            raise InputError(f"{out}: process {pid} is preparing it", remedy)
-        say(f"{left}: left by a run that was stopped; removed, starting over")
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            raise InputError(f"{out}: process {process} is preparing it", remedy)
+        elif host:
+            say(f"{left}: begun by process {process} of {host}; let alone, remove it if that is not running")
 
 
 @contextlib.contextmanager

@@ -173,12 +173,10 @@ def _samples(pairs: PreparedPairs, tokenizer: Tokenizer) -> str:
     parts = []
     for row, query, document in zip(rows.tolist(), queries, documents, strict=True):
         language = pairs.texts(row)[2]
-        for side, ids, start in (
-            ("query", query, pairs.query_content_starts[row]),
-            ("document", document, pairs.document_content_starts[row]),
-        ):
+        starts = pairs.content_starts(row)
+        for side, ids, start in zip(SIDES, (query, document), starts, strict=True):
             head = f"row {row:,} ({_text(language)}), {side}: {len(ids)} tokens, content from token {start}"
-            parts.append(f'<h3>{head}</h3><div class="tokens">{_chips(ids, int(start), tokenizer)}</div>')
+            parts.append(f'<h3>{head}</h3><div class="tokens">{_chips(ids, start, tokenizer)}</div>')
         parts.append("</div><div class='panel row'>")
     return f"<div class='panel row'>{''.join(parts[:-1])}</div>"
 

@@ -149,8 +149,8 @@ class RowMaker:
         same_query, same_document = canonical(query), canonical(document)
         if same_query == same_document:
             return Rejected(row, item, "query_is_document", None)
-        language = row_language(language, query, document)
-        if self._instruction(language) is None:
+        language = None if isinstance(language, Fault) else row_language(language, query, document)
+        if language is None or self._instruction(language) is None:
             return Rejected(row, item, "unknown_language", None)
         if self._leaks is not None:
             for side, text in (("query", query), ("document", document)):

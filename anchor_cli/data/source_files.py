@@ -7,10 +7,8 @@ passed over without being held.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,22 +19,13 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from anchor_cli.data.csv_rows import csv_rows
+from anchor_cli.data.file_bytes import COMPRESSED, LONGEST_LINE, format_of, opened
 from anchor_cli.words.errors import InputError
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 1 << 20
 _PART_ROWS = 1024
 _PART_CHARACTERS = 1 << 20
-_CSV_ROW_CHARACTERS = 1 << 30  # beyond this a quote is missing, and the rest of the file would be one field
 _JSON_BUFFER = 1 << 28  # characters of one element of a JSON array; beyond them the file is damaged
 
 
@@ -51,6 +40,11 @@ class Limits:
     def line_bytes(self) -> int:
         """Of a JSONL line: both texts with every character as two \\uXXXX escapes, and not less than 64 MiB."""
         return max(24 * self.characters, 64 << 20)
+
+    @property
+    def quoted_characters(self) -> int:
+        """Of a CSV row that goes over several lines: beyond that a quote was never closed."""
+        return 4 * max(self.characters, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -88,34 +82,6 @@ Row = tuple[Any, Any, Any]
 """(query, document, language) as the file has them, or `Fault`s."""
 
 
-def format_of(path: str | Path) -> str | None:
-    """`jsonl`, `json`, `csv`, `tsv`, `parquet`, `arrow`, or None for another suffix."""
-    name = Path(path)
-    if name.suffix.lower() in _COMPRESSED:
-        name = name.with_suffix("")
-    return FORMATS.get(name.suffix.lower())
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed.
-
-    Raises:
-        InputError: the compressed stream is damaged or cut off; also while reading inside the `with`.
-    """
-    codec = _COMPRESSED.get(path.suffix.lower())
-    try:
-        if codec is None:
-            with open(path, "rb") as file:
-                yield file
-        else:  # pyarrow's, because zstandard's reader takes a cut-off stream for a whole one
-            with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, codec) as stream:
-                yield io.BufferedReader(stream, _BLOCK_BYTES)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read: {reason}", "is the file whole?") from None
-
-
 def column_names(path: Path) -> list[str]:
     """Names of a file's columns: its schema, its header, or the keys of its first 100 rows."""
     kind = format_of(path)
@@ -124,7 +90,7 @@ def column_names(path: Path) -> list[str]:
             return list(schema.names)
     if kind in ("csv", "tsv"):
         with opened(path) as file:
-            return next(_csv_rows(file, path, kind), [])
+            return next(csv_rows(file, path, Limits().quoted_characters), [])
     names: dict[str, None] = {}
     for index, row in enumerate(_first_objects(path)):
         names.update(dict.fromkeys(row))
@@ -146,7 +112,7 @@ def read_parts(path: Path, columns: Columns, limits: Limits) -> Iterator[Part]:
             yield from row_parts(_pick(_array_items(file, path), columns), limits)
     elif kind in ("csv", "tsv"):
         with opened(path) as file:
-            yield from row_parts(_csv_pairs(_csv_rows(file, path, kind), columns), limits)
+            yield from row_parts(_csv_pairs(csv_rows(file, path, limits.quoted_characters), columns), limits)
     else:
         with _arrow_reader(path, columns) as (_, batches):
             yield from table_parts(batches, columns)
@@ -216,29 +182,6 @@ def _line_parts(file: IO[bytes], limits: Limits) -> Iterator[Part]:
         yield Part("lines", bytes(held), row, 1)
 
 
-def _csv_rows(file: IO[bytes], path: Path, kind: str) -> Iterator[list[str]]:
-    csv.field_size_limit(sys.maxsize)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    held = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal held
-        for number, line in enumerate(text, 1):
-            held += len(line)
-            if held > _CSV_ROW_CHARACTERS:
-                long = f"{path}:{number}: a row of more than {_CSV_ROW_CHARACTERS:,} characters"
-                raise InputError(long, "a quote is missing")
-            yield line
-
-    try:
-        for row in csv.reader(lines(), delimiter="\t" if kind == "tsv" else ","):
-            held = 0
-            if row:
-                yield row
-    except csv.Error as error:
-        raise InputError(f"{path}: not {kind.upper()}: {error}") from None
-
-
 def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[Row]:
     header = next(rows, [])
     at = [header.index(name) for name in columns.names]
@@ -299,7 +242,7 @@ def _first_objects(path: Path) -> Iterator[dict[str, Any]]:
         return
     with opened(path) as file:
         for _ in range(1000):
-            line = file.readline(64 << 20)
+            line = file.readline(LONGEST_LINE)
             if not line:
                 return
             try:
@@ -314,13 +257,13 @@ def _first_objects(path: Path) -> Iterator[dict[str, Any]]:
 def _arrow_reader(path: Path, columns: Columns | None = None) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """(schema, record batches) of a Parquet, Arrow stream or Arrow file; a compressed one goes through a spool file."""
     with opened(path) as file, tempfile.TemporaryFile() as spool:
-        if path.suffix.lower() in _COMPRESSED:
+        if path.suffix.lower() in COMPRESSED:
             while block := file.read(_BLOCK_BYTES):
                 spool.write(block)
             spool.seek(0)
             file = spool
         if format_of(path) == "parquet":
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else it holds a whole row group
             names = None if columns is None else columns.names
             yield parquet.schema_arrow, parquet.iter_batches(_PART_ROWS, columns=names, use_threads=False)
             return

@@ -17,24 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anchor_cli.data.file_bytes import format_of
 from anchor_cli.data.nanobeir import revision_of
-from anchor_cli.data.source_files import (
-    Columns,
-    Limits,
-    Part,
-    Row,
-    column_names,
-    format_of,
-    opened,
-    read_parts,
-    row_parts,
-)
-from anchor_cli.words.console import progress, say
+from anchor_cli.data.source_files import Columns, Limits, Part, Row, column_names, read_parts, row_parts
+from anchor_cli.data.source_sizes import look_at
+from anchor_cli.words.console import say
 from anchor_cli.words.errors import InputError, RunError, nearest
 
 QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
 DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
-_LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
+_SPLITS = "dataset_dict.json"
 LANGUAGE_NAMES = ("language", "lang")
 _USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -137,19 +129,10 @@ def open_source(spec: str, asked: Asked) -> Source:
         InputError: nothing is there, or its columns are not those asked for or cannot be guessed.
         RunError: it can only be of the Hub, which cannot be reached.
     """
-    place = Path(spec).expanduser()
-    if place.is_dir():
-        paths = _folder_files(place, asked.split)
-    elif place.is_file():
-        paths = [place]
-    elif glob.has_magic(spec):
-        paths = [Path(found) for found in sorted(glob.glob(str(place), recursive=True)) if Path(found).is_file()]
-        if not paths:
-            raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")
-    elif _HUB_ID.fullmatch(spec) and format_of(spec) is None:
+    if is_hub_id(spec):
         return _hub_source(spec, asked)
-    else:
-        raise InputError(f"{spec}: no such file or folder", _near_file(place))
+    place = Path(spec).expanduser()
+    paths = _folder_files(place, asked.split) if place.is_dir() else matching_files(spec)
     files = []
     for path in paths:
         if format_of(path) is None:
@@ -160,8 +143,45 @@ def open_source(spec: str, asked: Asked) -> Source:
             say(f"{path}: empty, passed over")
             continue
         files.append(PairFile(str(path), choose_columns(names, str(path), asked), path))
-    fingerprint, rows_hint = _look_at(paths)
+    fingerprint, rows_hint = look_at(paths)
     return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` can only be a data set of the Hub: it has that form, and nothing of that name is here."""
+    here = Path(spec).expanduser().exists() or glob.has_magic(spec)
+    return not here and _HUB_ID.fullmatch(spec) is not None and format_of(spec) is None
+
+
+def matching_files(spec: str) -> list[Path]:
+    """The file, or the files of a glob in order of name. Raises InputError when there is none."""
+    place = Path(spec).expanduser()
+    if place.is_file():
+        return [place]
+    if not glob.has_magic(spec):
+        raise InputError(f"{spec}: no such file or folder", _near_file(place))
+    paths = [Path(found) for found in sorted(glob.glob(str(place), recursive=True)) if Path(found).is_file()]
+    if not paths:
+        raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")
+    return paths
+
+
+def require_parts(specs: Sequence[str], asked: Asked) -> None:
+    """Refuse a `--split` or `--subset` that no source has; say which of several is read whole.
+
+    Raises:
+        InputError: it would change nothing.
+    """
+    hub = [spec for spec in specs if is_hub_id(spec)]
+    split = [spec for spec in specs if spec in hub or (Path(spec).expanduser() / _SPLITS).is_file()]
+    for option, value, having in (("split", asked.split, split), ("subset", asked.subset, hub)):
+        without = [spec for spec in specs if spec not in having] if value is not None else []
+        if without and not having:
+            owner = "a data set of the Hub" if option == "subset" else "a DatasetDict or a data set of the Hub"
+            hint = f"only {owner} has them; name the folder or the files that you want"
+            raise InputError(f"--{option} {value}: {', '.join(without)}: no {option}s there", hint)
+        for spec in without:
+            say(f"{spec}: no {option}s there; read whole")
 
 
 def choose_columns(names: Sequence[str], where: str, asked: Asked) -> Columns:
@@ -211,8 +231,8 @@ def _say_once(columns: Columns, where: str, asked: Asked) -> None:
 
 
 def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    if (folder / "dataset_dict.json").is_file():
-        splits: list[str] = _json(folder / "dataset_dict.json").get("splits", [])
+    if (folder / _SPLITS).is_file():
+        splits: list[str] = _json(folder / _SPLITS).get("splits", [])
         chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
         if chosen is None or chosen not in splits:
             raise InputError(f"{folder}: which split: {', '.join(splits)}", "say --split NAME")
@@ -231,6 +251,8 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path))
     if not paths:
         raise InputError(f"{folder}: no data in it", "expected a folder of datasets.save_to_disk, or of data files")
+    named = ", ".join(path.name for path in paths[:5])
+    say(f"{folder}: reading {len(paths)} file{'s' * (len(paths) > 1)}: {named}{', …' * (len(paths) > 5)}")
     return paths
 
 
@@ -240,43 +262,6 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     return found if isinstance(found, dict) else {}
-
-
-def _look_at(paths: list[Path]) -> tuple[str, int | None]:
-    """(SHA-256 over the files' bytes, rows or None), in one pass over the bytes."""
-    digest = hashlib.sha256()
-    counts: list[int | None] = []
-    with progress("fingerprint of the source", sum(path.stat().st_size for path in paths) / 1e6, "MB") as bar:
-        for path in paths:
-            lines = 0
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    lines += block.count(b"\n")
-                    bar.advance(len(block) / 1e6)
-            counts.append(lines if path.suffix.lower() in _LINES else _rows_of(path))
-    known = [num for num in counts if num is not None]
-    return digest.hexdigest(), sum(known) if len(known) == len(counts) else None
-
-
-def _rows_of(path: Path) -> int | None:
-    """Rows of a table or of a compressed text; None where only reading would tell."""
-    if path.with_suffix("").suffix.lower() in _LINES:
-        with opened(path) as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet as pq
-
-        return int(pq.ParquetFile(path).metadata.num_rows)
-    if path.suffix.lower() == ".arrow":
-        import pyarrow as pa
-
-        with pa.memory_map(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                return None
-            file.seek(0)
-            return int(sum(batch.num_rows for batch in pa.ipc.open_stream(file)))
-    return None
 
 
 def _hub_source(spec: str, asked: Asked) -> Source:
