@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,7 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
     source = Path(spec.dataset_file_path).expanduser()
     if (source / MANIFEST).is_file():
         return source
-    digest = hashlib.sha256(f"{source.absolute()}\n{_age(source)}\n{contract.model_dump_json()}".encode()).hexdigest()
-    folder = Path(spec.output_dir).expanduser() / "prepared" / f"{source.name.split('.')[0]}-{digest[:12]}"
+    folder = _prepared_folder(spec, source, contract)
     if not (folder / MANIFEST).is_file():
         from anchor_cli.data.prepare import prepare
 
@@ -94,9 +95,36 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
     return folder
 
 
+def _prepared_folder(spec: RunSpec, source: Path, contract: TextContract) -> Path:
+    """Where the data of a raw source are prepared; a name for each state of the source and each contract."""
+    from anchor_cli.data.nanobeir import revision_of
+    from anchor_cli.data.sources import is_hub_id
+
+    below = Path(spec.output_dir).expanduser() / "prepared"
+    if not is_hub_id(spec.dataset_file_path):
+        told = f"{source.absolute()}\n{_age(source)}\n{contract.model_dump_json()}"
+        name = re.sub(r"[*?\[\]]", "", source.name.split(".")[0]) or "files"
+        return below / f"{name}-{_digest(told)}"
+    stem = f"{source.name}-{_digest(spec.dataset_file_path + contract.model_dump_json())}"
+    revision = revision_of(spec.dataset_file_path)
+    if revision is not None:
+        return below / f"{stem}-{revision[:12]}"
+    earlier = sorted(below.glob(f"{glob.escape(stem)}-*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    if not earlier:
+        return below / f"{stem}-unknown"
+    say(f"{spec.dataset_file_path}: the Hub cannot be asked; taking what was prepared last, {earlier[-1].parent}")
+    return earlier[-1].parent
+
+
+def _digest(told: str) -> str:
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
 def _age(source: Path) -> str:
     """Sizes and times of the source's files: a raw source that changed is prepared again."""
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    from anchor_cli.data.sources import matching_files
+
+    files = sorted(source.rglob("*")) if source.is_dir() else matching_files(str(source))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     return json.dumps(stats)
 

@@ -1,0 +1,75 @@
+"""Raw data given to `anchor train`: prepared once, found again, prepared anew when they have changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anchor_cli.data import nanobeir
+from anchor_cli.data.pairs import MANIFEST
+from anchor_cli.engine.setup import prepared_data
+from anchor_cli.words.contract import TextContract
+from anchor_cli.words.errors import InputError
+from anchor_cli.words.spec import RunSpec
+
+CONTRACT = TextContract(tokenizer_fingerprint="f" * 64)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that were prepared; nothing is tokenised."""
+    folders: list[Path] = []
+
+    def prepare(sources: list[str], out: Path, **_: Any) -> None:
+        out.mkdir(parents=True)
+        (out / MANIFEST).write_text("{}")
+        folders.append(out)
+
+    monkeypatch.setattr("anchor_cli.data.prepare.prepare", prepare)
+    return folders
+
+
+def data_of(source: str, out: Path) -> Path:
+    spec = RunSpec(model_name_or_path="m", dataset_file_path=source, output_dir=str(out))
+    return prepared_data(spec, CONTRACT)
+
+
+@pytest.mark.parametrize("source", ["a.jsonl", "*.jsonl", "", "**/?.jsonl"])
+def test_changed_files_are_prepared_anew(source: str, made: list[Path], tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    (raw / "a.jsonl").write_text("1\n")
+    first = data_of(str(raw / source), out)
+    assert data_of(str(raw / source), out) == first
+    assert made == [first] and first.parent == out / "prepared"
+    (raw / "a.jsonl").write_text("1\n2\n")
+    second = data_of(str(raw / source), out)
+    assert made == [first, second] and first != second
+    assert not set("*?[]") & set(first.name)
+    if source != "a.jsonl":
+        (raw / "b.jsonl").write_text("3\n")
+        assert data_of(str(raw / source), out) not in (first, second)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(made: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file matches"):
+        data_of(str(tmp_path / "*.jsonl"), tmp_path / "out")
+    assert made == []
+
+
+def test_a_hub_set_is_prepared_anew_for_each_revision(
+    made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nanobeir, "_revisions", {"org/pairs": "1" * 40})
+    first = data_of("org/pairs", tmp_path)
+    assert data_of("org/pairs", tmp_path) == first
+    monkeypatch.setattr(nanobeir, "_revisions", {"org/pairs": "2" * 40})
+    second = data_of("org/pairs", tmp_path)
+    assert made == [first, second] and first != second
+    monkeypatch.setattr(nanobeir, "_revisions", {"org/pairs": None, "org/other": None})  # the Hub cannot be asked
+    assert data_of("org/pairs", tmp_path) == second
+    assert "the Hub cannot be asked; taking what was prepared last" in capsys.readouterr().err
+    other = data_of("org/other", tmp_path)
+    assert made == [first, second, other]
