@@ -373,7 +373,7 @@ def test_a_checkpoint_of_another_trainer_is_a_plain_model(small_model: Path, tmp
 def test_what_a_killed_export_left_is_swept_or_put_back(tmp_path: Path) -> None:
     """Killed while writing; killed between the two renames of --force; another host's and a live one's stay."""
     final, host, dead = tmp_path / "ex[1]", this_host(), 2**22 + 1  # above the highest process number of Linux
-    mine, theirs, other = f"{host}-{os.getpid()}", f"elsewhere-{dead}", f"{host}-{dead}"
+    mine, theirs, other = f"{host}-{os.getppid()}", f"elsewhere-{dead}", f"{host}-{dead}"
     kept = [f".ex[1].partial-{mine}", f".ex[1].partial-{theirs}", f".ex[1].v2.partial-{other}"]
     for name in (f".ex[1].partial-{host}-{dead}", *kept):
         (tmp_path / name).mkdir()
