@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_benchmarks import write_nano
 
 from anchor_cli.commands.cli import run
+from anchor_cli.data.benchmarks import load_benchmarks, snapshot_nanobeir
 from anchor_cli.engine import estimate, flops
 from anchor_cli.engine.estimate import Hardware, Rows, Throughput
 from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.hardware import GPUS, gpu_named, gpu_of_device_name
+from anchor_cli.engine.hardware import GPUS, gpu_named, gpu_of_device_name, local_gpus
 from anchor_cli.engine.memory_model import StateOptions
-from anchor_cli.engine.plan_inputs import KNOWN_CONFIGS, rows_of, shape_of
+from anchor_cli.engine.plan_checks import examine
+from anchor_cli.engine.plan_inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
 from anchor_cli.words.errors import InputError
 from anchor_cli.words.spec import RunSpec
 
@@ -59,6 +62,7 @@ def test_communication(stage: int, micro_batches: int, want: float) -> None:
         ({"save_steps": 100.0}, 10),  # 100, 200 … 1000, the last of which is the end's
         ({"save_steps": 300.0}, 4),  # 300, 600, 900 and the end
         ({"save_steps": 100.0, "save_total_limit": 2}, 3),  # two and the one being written
+        ({"save_steps": 0.1, "stop_after_n_steps": 250}, 3),  # a tenth of all 1000 steps: 100, 200 and the end, 250
     ],
 )
 def test_disk(keys: dict[str, Any], kept: int) -> None:
@@ -121,6 +125,108 @@ def test_gpu_names() -> None:
         gpu = gpu_of_device_name(device)
         assert gpu is not None and gpu.name == want
     assert gpu_of_device_name("Tesla T4") is None
+
+
+SMI = """#!/bin/sh
+[ "$1" = --query-gpu=name,memory.total,uuid ] || exit 1
+echo "NVIDIA H100 NVL, 95830, GPU-aa11"
+echo "NVIDIA H100 NVL, 95830, GPU-bb22"
+echo "NVIDIA GeForce RTX 4090, 24564, GPU-cc33"
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "want"),
+    [(None, [0, 1, 2]), ("1", [1]), ("2,0", [2, 0]), ("", []), ("-1", []), ("0,9,1", [0]), ("GPU-bb", [1]),
+     ("MIG-1234", [0]), ("NoDevFiles", [])],
+)  # fmt: skip
+def test_plan_and_train_count_the_same_gpus(
+    visible: str | None, want: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's rule for CUDA_VISIBLE_DEVICES, over a driver with three cards."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvl = ("NVIDIA H100 NVL", 95830 / 1024)
+    cards = [nvl, nvl, ("NVIDIA GeForce RTX 4090", 24564 / 1024)]
+    assert local_gpus() == [cards[place] for place in want]
+    planned = hardware_of(None, None)
+    assert (planned.num_gpus, planned.gpu is not None) == (max(1, len(want)), bool(want))
+    started: list[int] = []
+    monkeypatch.setattr("anchor_cli.engine.signals.StopFlag.install", lambda flag: None)
+    monkeypatch.setattr("anchor_cli.engine.launch.launch", lambda arguments, num, *rest: started.append(num))
+    monkeypatch.setattr("anchor_cli.engine.worker.work", lambda *arguments: started.append(1))
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(["train", str(ROOT / KURE)]) == 0
+    assert started == [planned.num_gpus]
+
+
+def checked(name: str, **keys: Any) -> list[tuple[str, str]]:
+    checks = examine(spec(**keys), Hardware(None, 1, None), made(), {})
+    return [(check.status, check.message) for check in checks if check.name == name]
+
+
+def test_evaluation_data_are_checked_as_training_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What load_benchmarks takes is ok, what it refuses fails; the Hub is not asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ANCHOR_NANOBEIR", raising=False)
+    nano = write_nano(tmp_path / "data" / "nano", parquet=False, card=False)
+    snapshot_nanobeir(tmp_path / "data/snap", languages=["ko"], subsets=["NanoNQ"], sources={"ko": str(nano)})
+    broken = tmp_path / "data" / "broken"
+    broken.mkdir()
+    (broken / "corpus.jsonl").write_text("")
+    names = ["data/nano", "data/nano/NanoNQ", "data/snap", "data/snap/ko/NanoNQ", "ko:data/nano", "data/broken",
+             "data/nothing", "nanobier", "nanobeir:fr", "/nowhere"]  # fmt: skip
+    for name in names:
+        try:
+            load_benchmarks([name])
+            loads = "ok"
+        except InputError:
+            loads = "fail"
+        assert [status for status, _ in checked("evaluation", eval_steps=1.0, eval_data=[name])] == [loads], name
+    (hub,) = checked("evaluation", eval_steps=1.0, eval_data=["de:org/NanoBEIR-de", "nanobeir:ko"])
+    assert hub == ("warn", "de:org/NanoBEIR-de, nanobeir:ko: from the Hub or its cache")
+    monkeypatch.setenv("ANCHOR_NANOBEIR", "data/snap")
+    assert checked("evaluation", eval_steps=1.0, eval_data=["ko:NanoNQ"]) == [("ok", "ko:NanoNQ: ko/NanoNQ")]
+    assert [status for status, _ in checked("evaluation", eval_steps=1.0)] == ["fail"]  # the snapshot has one of four
+
+
+def test_data_of_the_hub_and_patterns(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("a", "b"):
+        Path(f"data/{name}.jsonl").write_text('{"query": "Where do otters live?", "document": "In rivers."}\n' * 3)
+    keys: dict[str, Any] = {"model_name_or_path": str(small_model), "max_seq_length": 160}
+    assert rows_of(spec(dataset_file_path="data/*.jsonl", **keys), None).num_rows == 6
+    ((status, said),) = checked("data", dataset_file_path="data/*.jsonl", **keys)
+    assert status == "warn" and "training will prepare it" in said
+    with pytest.raises(InputError, match="from the Hub") as caught:
+        rows_of(spec(dataset_file_path="org/pairs"), None)
+    assert caught.value.hint is not None and "--rows N" in caught.value.hint
+    ((status, said),) = checked("data", dataset_file_path="org/pairs")
+    assert status == "warn" and "from the Hub" in said
+    for missing in ("data/nothing", "data/*.csv", "/nowhere"):  # the first would be a Hub id, were there no folder data
+        assert [status for status, _ in checked("data", dataset_file_path=missing)] == ["fail"]
+
+
+def test_a_known_model_and_no_data_ask_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ask(*_: object) -> None:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr("anchor_cli.engine.plan_inputs._from_hub", ask)
+    monkeypatch.setattr("anchor_cli.engine.hub.answers", ask)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    known = "Qwen/Qwen3-0.6B"
+    assert shape_of(known)[0] == SHAPE
+    assert not asks_the_hub(spec(model_name_or_path=known, dataset_file_path="/nowhere"))
+    assert asks_the_hub(spec(model_name_or_path="org/other", dataset_file_path="/nowhere"))
+    assert asks_the_hub(spec(model_name_or_path=known, dataset_file_path=str(tmp_path)))  # raw: needs its tokenizer
 
 
 def test_lengths_of_raw_rows_equal_those_of_prepare(small_model: Path, tmp_path: Path) -> None:

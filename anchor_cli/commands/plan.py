@@ -23,7 +23,12 @@ def plan(
     spec: SpecFile,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Plan for this kind of card, such as h100-nvl. [default: this machine's]")
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help="Plan for this card: h100-nvl, h100-sxm, h100-pcie, h200-sxm, h200-nvl, gh200, b200, a100-80gb, "
+            "a100-40gb, l40s or rtx4090. [default: this machine's]",
+        ),
     ] = None,
     num_gpus: Annotated[int | None, typer.Option(min=1, help="Number of cards. [default: this machine's]")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the data, where they are not here.")] = None,
@@ -38,14 +43,17 @@ def plan(
 ) -> None:
     """Say what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
     from anchor_cli.engine.estimate import Throughput, estimate
+    from anchor_cli.engine.hub import use_the_cache_when_the_hub_is_silent
     from anchor_cli.engine.plan_checks import examine
-    from anchor_cli.engine.plan_inputs import hardware_of, rows_of, shape_of
+    from anchor_cli.engine.plan_inputs import asks_the_hub, hardware_of, rows_of, shape_of
     from anchor_cli.words.ds_config import load_ds_config
     from anchor_cli.words.spec import load_spec
 
     if mfu is not None and tokens_per_second is not None:
         raise InputError("--mfu and --tokens-per-second: two measurements of the same thing", "give one of them")
     run = load_spec(spec, overrides or [])
+    if asks_the_hub(run):
+        use_the_cache_when_the_hub_is_silent(run)
     shape, shape_source = shape_of(run.model_name_or_path)
     hardware = hardware_of(gpu, num_gpus)
     ds_config = load_ds_config(run.deepspeed, Path(spec).parent)

@@ -55,7 +55,7 @@ def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
         InputError: a spec means nothing, a file of it is faulty, or two benchmarks have one name.
         RunError: the Hub cannot be reached.
     """
-    parts = [(spec, part) for spec in specs or DEFAULT_DATA for part in _parts(spec)]
+    parts = [(spec, part) for spec in specs or DEFAULT_DATA for part in parts_of(spec)]
     found: dict[str, tuple[str, Benchmark]] = {}
     for spec, read in parts:
         benchmark = read()
@@ -68,7 +68,17 @@ def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
     return [benchmark for _, benchmark in found.values()]
 
 
-def _parts(spec: str) -> list[Part]:
+def is_hub_id(place: str) -> bool:
+    """Whether a name without its `LANG:` has the form of a NanoBEIR data set of the Hub, and no folder's here."""
+    return _HUB_ID.fullmatch(place) is not None and not Path(place.split("/")[0]).exists()
+
+
+def parts_of(spec: str) -> list[Part]:
+    """The benchmarks that `spec` means, none of them read yet; only a Hub id without a subset asks the Hub.
+
+    Raises:
+        InputError: it means nothing.
+    """
     if spec.lower() == "nanobeir" or spec.lower().startswith("nanobeir:"):
         return _nanobeir(spec)
     language, place = None, spec
@@ -89,7 +99,7 @@ def _parts(spec: str) -> list[Part]:
             f"--data {spec}: {place} is a file",
             f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
         )
-    if _HUB_ID.fullmatch(place) and not Path(place.split("/")[0]).exists():
+    if is_hub_id(place):
         owner, name, *subsets = place.split("/")
         source = f"{owner}/{name}"
         return [partial(read_nano, source, each, language) for each in subsets or subsets_of(source)]

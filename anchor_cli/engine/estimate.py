@@ -174,7 +174,7 @@ def estimate(
     cut = cut_of(spec, shape, options, hardware, row_lengths, steps, liger)
     memory = None
     if hardware.gpu is not None:
-        kernel = "sdpa" if spec.attn_implementation == "sdpa" else "flash"
+        kernel = "sdpa" if spec.attn_implementation == "sdpa" or spec.precision == "float32" else "flash"
         memory = memory_model.training_memory(
             shape, options, cut.heaviest_tokens, checkpointing=cut.gradient_checkpointing, kernel=kernel, liger=liger
         )

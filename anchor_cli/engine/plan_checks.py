@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.data.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
+from anchor_cli.data.benchmarks import DEFAULT_DATA, SNAPSHOT_VARIABLE, is_hub_id, parts_of
+from anchor_cli.data.nanobeir import MANIFEST_FILE, is_nano_folder
+from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.engine.doctor import Check
 from anchor_cli.engine.estimate import Estimate, Hardware
 from anchor_cli.engine.hardware import local_gpus
 from anchor_cli.engine.memory_model import USABLE_SHARE
+from anchor_cli.engine.plan_inputs import place_of
 from anchor_cli.engine.setup import contract_for
 from anchor_cli.words.ds_config import resolve_ds_config
-from anchor_cli.words.errors import AnchorError
+from anchor_cli.words.errors import AnchorError, InputError
 from anchor_cli.words.files import free_bytes
 from anchor_cli.words.spec import RunSpec
 
@@ -47,15 +54,17 @@ def _model(spec: RunSpec) -> Iterator[Check]:
 
 
 def _data(spec: RunSpec) -> Iterator[Check]:
-    source = Path(spec.dataset_file_path).expanduser()
-    if not source.exists():
+    source, place = spec.dataset_file_path, place_of(spec.dataset_file_path)
+    prepare = f"anchor prepare {shlex.quote(source)} --out DIR --tokenizer {spec.model_name_or_path} does it now"
+    if place == "nowhere":
         yield Check("data", "fail", f"{source}: not found on this machine", "anchor prepare SOURCE… --out DIR")
-    elif not (source / MANIFEST).is_file():
-        yield Check("data", "warn", f"{source}: raw, training will prepare it first",
-                    f"anchor prepare {source} --out DIR --tokenizer {spec.model_name_or_path} does it now")  # fmt: skip
+    elif place == "hub":
+        yield Check("data", "warn", f"{source}: not here; training will take it from the Hub and prepare it", prepare)
+    elif place == "raw":
+        yield Check("data", "warn", f"{source}: raw, training will prepare it first", prepare)
     else:
         try:
-            PreparedPairs.open(source).require(contract_for(spec))
+            PreparedPairs.open(Path(source).expanduser()).require(contract_for(spec))
         except AnchorError as error:
             yield Check("data", "fail", error.message, error.hint or "anchor prepare")
         else:
@@ -127,7 +136,7 @@ def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Chec
         yield Check("attention", "ok", f"{wish} (kernels of the training host: anchor doctor SPEC there)")
     elif wish in modules and find_spec(modules[wish]) is None:
         yield Check("attention", "warn", f"{wish}: {modules[wish]} is not installed, torch's varlen attention will run",
-                    "pip install flash-attn, or attn_implementation: auto")  # fmt: skip
+                    "pip install flash-attn --no-build-isolation, or attn_implementation: auto")  # fmt: skip
     elif wish == "sdpa":
         yield Check("attention", "warn", "sdpa: one call a text, slow on a GPU", "attn_implementation: auto")
     else:
@@ -142,19 +151,43 @@ def _schedule(made: Estimate) -> Iterator[Check]:
 
 
 def _benchmarks(spec: RunSpec) -> Iterator[Check]:
-    """Folders named as evaluation data must be there; data sets of the Hub are not looked up."""
+    """Folders named as evaluation data must be such as load; data sets of the Hub are not looked up."""
     if not (spec.eval_steps or spec.eval_on_start):
         return
-    if spec.eval_data is None:
-        yield Check("evaluation", "warn", "the four NanoBEIR sets, from the Hub or its cache",
-                    "anchor eval snapshots them for a host without network")  # fmt: skip
-        return
-    for name in spec.eval_data:
-        place = Path(name.split(":", 1)[-1]).expanduser()
-        if place.is_dir() and not (place / "corpus.jsonl").is_file():
-            yield Check("evaluation", "fail", f"{place}: no corpus.jsonl", "expected a BEIR folder")
-        elif place.is_dir():
-            yield Check("evaluation", "ok", str(place))
-        elif place.is_absolute() or name.startswith((".", "~")):
-            remedy = "eval_data names BEIR folders or NanoBEIR sets"
-            yield Check("evaluation", "fail", f"{place}: no such folder", remedy)
+    of_the_hub = []
+    for name in spec.eval_data or DEFAULT_DATA:
+        try:
+            found = _evaluation_data(name)
+        except AnchorError as error:
+            yield Check("evaluation", "fail", error.message, error.hint or "eval_data names BEIR folders or NanoBEIR")
+            continue
+        if found is None:
+            of_the_hub.append(name)
+        else:
+            yield Check("evaluation", "ok", found)
+    if of_the_hub:
+        said = ", ".join(of_the_hub) if spec.eval_data else "the four NanoBEIR sets"
+        remedy = "anchor prepare nanobeir --out DIR makes a snapshot for a host without network; name it in eval_data"
+        yield Check("evaluation", "warn", f"{said}: from the Hub or its cache", remedy)
+
+
+def _evaluation_data(name: str) -> str | None:
+    """What an entry of `eval_data` is here, by the functions that load it; None: the Hub's, which is not asked.
+
+    NanoBEIR's sets are small and are read; of a BEIR folder, which may be large, the files must be there.
+
+    Raises:
+        InputError: it means nothing, or does not load.
+    """
+    match = None if Path(name).exists() else re.fullmatch(r"([a-z]{2,3}):(.+)", name)
+    place = Path(match[2] if match else name)
+    if place.is_dir() and not (place / MANIFEST_FILE).is_file() and not is_nano_folder(place):
+        if missing := [file for file in (CORPUS_FILE, QUERIES_FILE, QRELS_FILE) if not (place / file).is_file()]:
+            raise InputError(f"{place}: no {', no '.join(missing)}", "expected BEIR, NanoBEIR or a snapshot")
+        return str(place)
+    if is_hub_id(str(place)):
+        return None
+    parts = parts_of(name)
+    if not (place.is_dir() or is_nano_folder(place.parent) or os.environ.get(SNAPSHOT_VARIABLE)):
+        return None  # NanoBEIR by its name
+    return f"{name}: {', '.join(part().name for part in parts)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,14 +33,15 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def shape_of(model_name_or_path: str) -> tuple[ModelShape, str]:
-    """The shape and where it was read: the folder's config.json, the Hub's, or the built-in one of a known model.
+    """The shape and where it was read: the folder's config.json, else the built-in one of a known
+    model, which needs no network, else the Hub's.
 
     Raises:
         InputError: no config.json, or one that lacks a size.
     """
     path = Path(model_name_or_path).expanduser() / "config.json"
-    found = path if path.is_file() else _from_hub(model_name_or_path)
     known = KNOWN_CONFIGS.get(model_name_or_path.removesuffix("-Base"))
+    found = path if path.is_file() else None if known else _from_hub(model_name_or_path)
     if found is None and known is None:
         raise InputError(
             f"model_name_or_path: {model_name_or_path}: no config.json there, and the Hub does not give it",
@@ -74,6 +75,15 @@ def _from_hub(model_id: str) -> Path | None:
         return None
 
 
+def asks_the_hub(spec: RunSpec) -> bool:
+    """Whether a plan needs files of the model that are not here: the config of an unknown one, a tokenizer for data."""
+    name = spec.model_name_or_path
+    if Path(name).expanduser().exists():
+        return False
+    known = name.removesuffix("-Base") in KNOWN_CONFIGS
+    return not known or place_of(spec.dataset_file_path) in ("prepared", "raw")
+
+
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
@@ -99,17 +109,36 @@ def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
     Raises:
         InputError: the data are not there and `num_rows` was not given, or they cannot be read.
     """
-    source = Path(spec.dataset_file_path).expanduser()
-    if (source / MANIFEST).is_file():
-        return _prepared(spec, source)
-    if not source.exists():
+    place = place_of(spec.dataset_file_path)
+    if place == "prepared":
+        return _prepared(spec, Path(spec.dataset_file_path).expanduser())
+    if place != "raw":
         if num_rows is not None:
             return assumed_rows(num_rows, spec)
+        said = "from the Hub, which a plan does not read" if place == "hub" else "not found on this machine"
         raise InputError(
-            f"dataset_file_path: {source}: not found on this machine",
+            f"dataset_file_path: {spec.dataset_file_path}: {said}",
             hint="say how many rows it has with --rows N to plan without it",
         )
     return _sampled(spec, num_rows)
+
+
+def place_of(data: str) -> Literal["prepared", "raw", "hub", "nowhere"]:
+    """What a `dataset_file_path` means here, as `anchor prepare` takes it: a folder, files, a pattern, or a Hub id.
+
+    ORG/NAME is a missing folder and no Hub id where a folder ORG is here.
+    """
+    from anchor_cli.data.sources import is_hub_id, matching_files
+
+    path = Path(data).expanduser()
+    if (path / MANIFEST).is_file():
+        return "prepared"
+    if is_hub_id(data):
+        return "nowhere" if "/" in data and Path(data.split("/")[0]).exists() else "hub"
+    try:
+        return "raw" if path.is_dir() or matching_files(data) else "nowhere"
+    except InputError:
+        return "nowhere"
 
 
 def _prepared(spec: RunSpec, folder: Path) -> Rows:
