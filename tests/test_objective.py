@@ -190,3 +190,22 @@ def test_pooling_takes_content_tokens_only(mode: str) -> None:
         want = (content * (weights / weights.sum())[:, None]).sum(0)
         torch.testing.assert_close(got[row], want)
         offset += n
+
+
+@pytest.mark.parametrize("mode", ["mean", "weighted_mean"])
+def test_the_mean_of_no_content_is_zeros_and_not_nan(mode: str) -> None:
+    from anchor_cli.engine.export_pooling import ContentPooling
+    from anchor_cli.model.packed import pack_texts
+    from anchor_cli.model.pooling import pool
+
+    hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    texts = pack_texts([np.arange(n, dtype=np.int32) for n in (4, 5)])
+    got = pool(hidden, texts.cu_seqlens, torch.tensor([3, 3]), mode)  # the first text: template and [EOS] alone
+    assert got[0].tolist() == [0.0] * 4
+    torch.testing.assert_close(got[1], hidden[7])
+    features = {
+        "token_embeddings": hidden[None, :3], "attention_mask": torch.ones(1, 3, dtype=torch.long),
+        "input_ids": torch.tensor([[1, 2, 3]]), "prompt_length": 3,
+    }  # fmt: skip
+    exported = ContentPooling(4, mode, []).forward(features)["sentence_embedding"]
+    assert exported.tolist() == [[0.0] * 4]

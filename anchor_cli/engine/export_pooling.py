@@ -47,7 +47,8 @@ class ContentPooling(Module):
         is_content = (place >= 0) & mask.bool()
         weights = (place + 1 if self.pooling_mode == "weighted_mean" else torch.ones_like(place)) * is_content
         weights = weights.to(torch.float32)
-        pooled = (states.to(torch.float32) * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+        totals = weights.sum(dim=1, keepdim=True).clamp_min(1)  # no content: zeros
+        pooled = (states.to(torch.float32) * weights[..., None]).sum(dim=1) / totals
         features["sentence_embedding"] = pooled.to(states.dtype)
         return features
 

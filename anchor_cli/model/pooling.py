@@ -17,7 +17,8 @@ def pool(
     """(T, D) -> (N, D).
 
     `eos_token`: the closing [EOS]. The others pool content tokens only: `mean`; `weighted_mean` with weights 1, 2, 3 …
-    over the content (SGPT, arXiv 2202.08904, as in LLM2Vec); `last_token`, the last content token.
+    over the content (SGPT, arXiv 2202.08904, as in LLM2Vec); `last_token`, the last content token. The mean of no
+    content (a blank document of a benchmark) is all zeros.
     """
     ends = cu_seqlens[1:].to(torch.int64)  # one past [EOS]
     if mode == "eos_token":
@@ -36,4 +37,4 @@ def pool(
     sums = hidden.new_zeros((len(starts), hidden.shape[1]), dtype=precise)
     sums = sums.index_add(0, text, hidden.to(precise) * weights[:, None])
     totals = weights.new_zeros(len(starts)).index_add(0, text, weights)
-    return (sums / totals[:, None]).to(hidden.dtype)
+    return (sums / totals[:, None].clamp_min(1)).to(hidden.dtype)
