@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from anchor_cli.words.console import warn
 from anchor_cli.words.errors import InputError
 
 PACKED_ATTENTION = "anchor_packed"
@@ -134,10 +136,10 @@ _MODULES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "f
 def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that will run, for `attn_implementation` = `wish`.
 
-    `auto` takes the first of flash-attn 3, flash-attn 2, torch varlen that is installed, on CUDA with half precision,
-    and SDPA everywhere else. A flash kernel asked for by name falls back to torch's varlen on CUDA when its package is
-    not installed, and to SDPA off CUDA or in fp32/fp64 (no flash kernel exists there): the result is the same text by
-    text, so a spec that says `flash_attention_2` runs whole on a laptop. `anchor doctor` and the run's
+    `auto` takes the first of flash-attn 3, flash-attn 2, torch varlen that can be imported, on CUDA with half
+    precision, and SDPA everywhere else. A flash kernel asked for by name falls back to torch's varlen on CUDA when its
+    package cannot be imported, and to SDPA off CUDA or in fp32/fp64 (no flash kernel exists there): the result is the
+    same text by text, so a spec that says `flash_attention_2` runs whole on a laptop. `anchor doctor` and the run's
     environment.json name the kernel really used.
 
     Raises:
@@ -155,9 +157,24 @@ def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
         if name == "varlen":
             if importlib.util.find_spec("torch.nn.attention.varlen") is not None and capability[0] >= 8:
                 return name
-        elif name != "sdpa" and importlib.util.find_spec(_MODULES[name]) is not None:
+        elif name != "sdpa" and _works(_MODULES[name]):
             return name
     return "sdpa"
+
+
+@cache
+def _works(module: str) -> bool:
+    """Whether a flash package can be used. One built for another torch is found and dies when it is imported."""
+    if importlib.util.find_spec(module) is None:
+        return False
+    try:
+        if hasattr(importlib.import_module(module), "flash_attn_varlen_func"):
+            return True
+        reason = "it has no flash_attn_varlen_func"
+    except Exception as error:  # an undefined symbol, a missing shared library, an API of torch that has gone
+        reason = " ".join(str(error).split())[:200]
+    warn(f"{module} is installed and cannot be used ({reason}); going on with the next attention kernel")
+    return False
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -170,13 +187,25 @@ def _packed_attention(
     scaling: float | None = None,
     *,
     packing: Packing,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: (1, H, T, d), (1, K, T, d) x2 -> (1, T, H, d).
 
+    What no kernel here computes is refused: most of it by `load_backbone`, a text longer than the window only here.
+
     Never traced by `torch.compile`: each batch has new text boundaries, and a graph that knew them would be compiled
     anew every step. `packing` is one opaque object for the same reason.
     """
+    if softcap is not None or s_aux is not None:
+        raise InputError("this model's attention has soft-capped scores or sinks, which anchor does not compute")
+    if sliding_window is not None and max(packing.lengths) > sliding_window:
+        raise InputError(
+            f"a text of {max(packing.lengths)} tokens is longer than the model's sliding window of {sliding_window}",
+            hint=f"max_seq_length of at most {sliding_window}",
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     flat = (t[0].transpose(0, 1) for t in (query, key, value))
     return KERNELS[packing.kernel](*flat, packing, scale)[None], None
