@@ -30,8 +30,8 @@ ENVIRONMENT = {
     "docs/how-to/multi-node.md.",
     "`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`": "The Hub's key; its address; `1`: only the cache "
     "and folders; where the cache is.",
-    "`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_MODE`, `WANDB_DISABLED`": "Weights & Biases: its key, project (default "
-    "`anchor`), `offline` or `disabled`, `true` switches it off.",
+    "`WANDB_API_KEY`, `WANDB_BASE_URL`, `WANDB_PROJECT`, `WANDB_MODE`, `WANDB_DISABLED`": "Weights & Biases: its key, "
+    "its address, the project (default `anchor`), `offline` or `disabled`; `true` switches it off.",
     "`NETRC`": "The file with W&B's key, where it is not `~/.netrc`.",
     "`CC`, `TORCH_EXTENSIONS_DIR`, `XDG_CACHE_HOME`": "Compiler and folders of kernels that are compiled on this host.",
     "`DEEPSPEED_LOG_LEVEL`": "What DeepSpeed says. Default: `warning`.",
