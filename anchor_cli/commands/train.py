@@ -41,7 +41,8 @@ def train(
         from anchor_cli.engine.hardware import local_gpus
 
         processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
-        say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")
+        if node is None or node[0] == 0:  # one pod speaks for all
+            say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")
         if processes > 1:
             launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
             return
