@@ -127,6 +127,19 @@ def test_gpu_names() -> None:
     assert gpu_of_device_name("Tesla T4") is None
 
 
+def test_gpus_are_counted_by_their_files_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("anchor_cli.engine.hardware.DEVICES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert len(local_gpus()) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert len(local_gpus()) == 1
+    with pytest.raises(InputError, match="unknown GPU: this GPU's peak is not known"):
+        hardware_of(None, None)
+
+
 SMI = """#!/bin/sh
 [ "$1" = --query-gpu=name,memory.total,uuid ] || exit 1
 echo "NVIDIA H100 NVL, 95830, GPU-aa11"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from anchor_cli.words.errors import InputError, nearest
+
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ def local_gpus() -> list[tuple[str, float]]:
     """(driver's name, memory in GiB) of the GPUs that a run here may use; empty without a driver. No torch.
 
     nvidia-smi names all of them, CUDA_VISIBLE_DEVICES those that are left, as in CUDA itself: by index or by the
-    beginning of a UUID, up to the first name that is none.
+    beginning of a UUID, up to the first name that is none. Where nvidia-smi is missing, as in a container with the
+    `compute` capability only, the device files are counted: `unknown GPU`, 0 GiB.
     """
     command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
+        files = [path for path in DEVICES.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+        return _visible([("unknown GPU", 0.0, "")] * len(files), os.environ.get("CUDA_VISIBLE_DEVICES"))
     rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in out.splitlines() if line.count(",") >= 2]
     found = [(name, float(mib) / 1024, uuid) for name, mib, uuid in rows if mib.isdigit()]
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
