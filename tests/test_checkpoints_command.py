@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,6 +119,102 @@ def test_a_resumed_log_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
+    from anchor_cli.engine.report_data import read_run
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "events.jsonl").write_text('{"time": 1.0, "step": 0, "event": "start"}\n{"time": 2.0, "st')
+    log = Appender(tmp_path / "events.jsonl")
+    log.append('{"time": 3.0, "step": 1, "event": "resume"}')
+    log.close()
+    assert [event.kind for event in read_run(tmp_path).events] == ["start", "resume"]
+    again = Appender(tmp_path / "events.jsonl")
+    again.close()
+    assert (tmp_path / "events.jsonl").read_text().count("\n") == 3  # a whole last line gets no blank one behind it
+
+
+def test_tensorboard_hides_the_steps_that_are_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files of a run killed at step 3 and resumed at 2: TensorBoard itself reads each step once."""
+    from anchor_cli.engine.metrics_log import TensorboardTracker
+
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = TensorboardTracker(tmp_path, first_step)
+        for step in steps:
+            tracker.log({"step": step, "train/loss": float(10 * first_step + step)})
+        tracker.close()
+        time.sleep(1.1)  # a file's name has the second it was begun
+    read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from anchor_cli.engine import train
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "checkpoint-1")
+
+    monkeypatch.setattr(train, "save", lambda *_: tmp_path / "checkpoint-2")
+    monkeypatch.setattr(train.ckpt, "prune", fail)
+    training = train.Training.__new__(train.Training)
+    training.run = SimpleNamespace(folder=tmp_path, spec=SimpleNamespace(save_total_limit=1))  # type: ignore[assignment]
+    training.watchdog = SimpleNamespace(phase=lambda *_: None)  # type: ignore[assignment]
+    training.watch = SimpleNamespace(saved=lambda _: None)  # type: ignore[assignment]
+    training.log, training.wandb_run_id, training.saved_step = MetricsLog(tmp_path, 0), None, None
+    assert training.save(2)
+    assert training.saved_step == 2
+    assert "older checkpoints could not be removed" in capsys.readouterr().err
+
+
+def test_a_run_is_not_stopped_before_where_it_is() -> None:
+    from anchor_cli.engine.run import refuse_to_stop_before
+    from anchor_cli.words.spec import RunSpec
+
+    spec = RunSpec(model_name_or_path="m", dataset_file_path="d", stop_after_n_steps=4)
+    refuse_to_stop_before(spec, Path("checkpoint-4"), 4)
+    with pytest.raises(InputError, match="stop_after_n_steps: 4, but checkpoint-6 has 6 steps already"):
+        refuse_to_stop_before(spec, Path("checkpoint-6"), 6)
+
+
+def test_replay_takes_the_runs_own_deepspeed_config(tmp_path: Path) -> None:
+    from anchor_cli.engine.replay import with_ds_config_for_one
+    from anchor_cli.words.spec import RunSpec
+
+    beside_the_spec = RunSpec(model_name_or_path="m", dataset_file_path="d", deepspeed="ours.json")
+    for stage, want in ((2, str(tmp_path / "ds_config.json")), (3, "zero2_bf16")):
+        (tmp_path / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        assert with_ds_config_for_one(beside_the_spec, tmp_path).deepspeed == want
+    (tmp_path / "ds_config.json").unlink()
+    old = beside_the_spec.model_copy(update={"deepspeed": "zero3_bf16"})
+    assert with_ds_config_for_one(old, tmp_path).deepspeed == "zero2_bf16"
+
+
+def test_more_processes_than_gpus_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from anchor_cli.engine.deepspeed_engine import start_processes
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+    with pytest.raises(InputError, match="local rank 1 has no GPU: this process sees 1"):
+        start_processes()
+
+
+def test_a_panel_whose_terminal_is_gone_does_not_fail_the_run() -> None:
+    from anchor_cli.engine.watch import Watch
+
+    def gone() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    watch = Watch.__new__(Watch)
+    watch._live = SimpleNamespace(stop=gone)  # type: ignore[assignment]
+    watch.close()
+    assert watch._live is None
+
+
 def test_a_tracker_that_never_ends_costs_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     from anchor_cli.engine.metrics_log import _close_within
 
@@ -160,6 +257,40 @@ def test_the_first_cause_is_told(
     with pytest.raises(error) as caught:
         launch.judge(ends, signals)
     assert says in str(caught.value)
+
+
+def test_starting_again_is_advised_only_where_it_helps() -> None:
+    lost = ended(1, 1, message="rank 1 lost touch", followed=True)
+    full = launch.Ended(1, 11, 1, watchdog.Failure(0.0, "rank 1 on a: out of GPU memory", "lower it", False, False))
+    see = "see logs/rank-1.log of the run"
+    for end, want in (
+        (ended(1, 1, message="ImportError: libcudart.so.13"), see),
+        (ended(1, 3, message=""), see),
+        (full, "lower it"),
+        (lost, "run the same command again to continue"),
+        (ended(1, -11), "run the same command again to continue"),
+    ):
+        with pytest.raises(RunError) as caught:
+            launch.judge([end], [])
+        assert caught.value.hint == want
+
+
+def test_a_full_gpu_is_the_ranks_own_failure_with_its_own_remedy(tmp_path: Path) -> None:
+    import torch
+
+    from anchor_cli.engine import worker
+
+    spec, dog = SimpleNamespace(run_folder=tmp_path), SimpleNamespace(stop=lambda: None)
+    with (
+        pytest.raises(RunError, match=r"rank 1 on .*: out of GPU memory with 9,216 tokens \(CUDA out of memory. Tried"),
+        worker.told_apart(spec, 1, dog),  # type: ignore[arg-type]
+        worker.enough_memory(1, "with 9,216 tokens", "lower max_tokens_per_micro_batch"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    noted = watchdog.failure_of(watchdog.where_folder(tmp_path), 1)
+    assert noted is not None and not noted.followed and not noted.agreed
+    assert noted.hint == "lower max_tokens_per_micro_batch"
+    assert launch.is_cause(launch.Ended(1, 11, 1, noted))
 
 
 def test_what_follows_from_another_rank_is_told_from_what_does_not() -> None:

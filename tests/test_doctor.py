@@ -186,6 +186,10 @@ def test_wandb_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     rc.chmod(0o600)
     check = only(doctor_host.wandb, wishes)
     assert check.status == "ok" and secret not in repr(check)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")  # the key is not this server's
+    assert only(doctor_host.wandb, wishes).status == "warn"
+    rc.write_text(f"# wandb\nmachine wandb.example.org login user password {secret}\n")
+    assert only(doctor_host.wandb, wishes).status == "ok"
     monkeypatch.setenv("WANDB_DISABLED", "true")
     assert only(doctor_host.wandb, wishes).message == "off by WANDB_DISABLED"
 
@@ -203,6 +207,29 @@ Legend:
     want = {(0, 1): "NV12", (0, 2): "SYS", (0, 3): "PXB", (1, 2): "SYS", (1, 3): "SYS", (2, 3): "NV12"}
     assert doctor_gpu.parse_links(topology) == want
     assert doctor_gpu.parse_links("") == {}
+
+
+def test_links_are_those_of_the_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES=3,2: torch's 0 and 1 are nvidia-smi's 3 and 2."""
+    import torch
+
+    printed = {
+        "topo": "\tGPU0\tGPU1\tGPU2\tGPU3\nGPU0\tX\tSYS\tSYS\tSYS\nGPU1\tSYS\tX\tSYS\tSYS\nGPU2\tSYS\tSYS\tX\tNV18",
+        "--query-gpu=uuid,index": "\n".join(f"GPU-{index}{index}, {index}" for index in range(4)),
+    }
+    monkeypatch.setattr(doctor_gpu, "smi", lambda first, *_: printed[first])
+    monkeypatch.setattr(doctor_gpu, "uuid_of", lambda index: ("GPU-33", "GPU-22")[index])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    assert only(doctor_gpu.links).message == "peer access and NVLink between all 2 (NV18)"
+
+
+def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anchor_cli.words.spec import RunSpec
+
+    spec = RunSpec(model_name_or_path="m", dataset_file_path="d", output_dir="~/runs")
+    assert doctor.wishes_of(spec).output_dir == Path.home() / "runs"
 
 
 def test_attention_kernel_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from faults.harness import Started, fork_server, losses, write_spec, write_world
 
 from anchor_cli.engine import launch
+from anchor_cli.engine.watchdog import Failure, where_folder
 from anchor_cli.words.errors import InputError
 
 PATIENCE_S, END_S = 600.0, 60.0  # to start on a loaded machine; to end
@@ -61,7 +64,8 @@ def test_processes_that_cannot_meet_are_told_what_to_set(monkeypatch: pytest.Mon
         ({**SRUN, "MASTER_ADDR": "node0"}, ("node0", "20000")),
         ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "free"}, ("127.0.0.1", "free")),  # one process meets nobody
         ({**SRUN, "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, ("node0", "29500")),
-        ({**SRUN, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "123456"}, ("10.0.0.1", "23456")),
+        ({**SRUN, "SLURM_STEP_NODELIST": "gpu[03-05,09],cpu1", "SLURM_JOB_ID": "123456"}, ("gpu03", "23456")),
+        ({**SRUN, "SLURM_STEP_NODELIST": "a,b", "SLURM_LAUNCH_NODE_IPADDR": "login"}, ("a", "20000")),
     ],
 )
 def test_where_processes_meet(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], want: tuple[str, str]) -> None:
@@ -69,6 +73,90 @@ def test_where_processes_meet(monkeypatch: pytest.MonkeyPatch, env: dict[str, st
     monkeypatch.setattr(launch, "free_port", lambda: "free")
     launch.complete_rendezvous()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == want
+
+
+@pytest.mark.parametrize(
+    ("nodes", "want"),
+    [("", ""), ("node7", "node7"), ("n[5,7]", "n5"), ("r[1-2]n[3-4]-ib,x[1-9]", "r1n3-ib"), ("a-b[007-012]", "a-b007")],
+)
+def test_the_first_host_of_a_list(nodes: str, want: str) -> None:
+    assert launch.first_host(nodes) == want
+
+
+def bare_workers(num: int) -> launch.Workers:
+    """Without handlers of signals, which are the test process's own."""
+    made = launch.Workers.__new__(launch.Workers)
+    made.signals, made._num, made._processes, made._first_signal_s = [], num, [], 0.0
+    return made
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_rank_0_may_finish_its_trackers_after_an_end_that_all_agreed_on(
+    monkeypatch: pytest.MonkeyPatch, agreed: bool
+) -> None:
+    """After 0.5 s rank 0 ends too; a rank that only lost touch is explained by then, or not."""
+    monkeypatch.setattr(launch, "_CAUSE_S", 0.1)
+    one = launch.Ended(1, 11, 1, Failure(0.0, "not finite", None, followed=True, said=False, agreed=agreed))
+    zero = launch.Ended(0, 10, 1, Failure(0.0, "not finite", None, followed=False, said=True))
+    workers, began = bare_workers(2), time.monotonic()
+    monkeypatch.setattr(workers, "ended", lambda: [one, zero] if time.monotonic() > began + 0.5 else [one])
+    assert workers.wait() == ([one, zero] if agreed else [one])
+    from anchor_cli.engine.metrics_log import CLOSE_S
+
+    assert launch._AGREED_S > CLOSE_S
+
+
+def test_a_second_ctrl_c_waits_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing a signal may interrupt is the main thread's own poll(), which holds Popen's lock."""
+    workers = bare_workers(1)
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    workers._processes, workers.signals = [process], [signal.SIGINT]
+    left: list[int] = []
+    monkeypatch.setattr(launch.os, "_exit", left.append)
+    with process._waitpid_lock:  # type: ignore[attr-defined]
+        thread = threading.Thread(target=workers._pass_on, args=(signal.SIGINT, None), daemon=True)
+        thread.start()
+        thread.join(5)
+        assert left[:1] == [launch.AT_ONCE]
+    assert process.wait(5) == -signal.SIGKILL
+
+
+def test_a_launcher_touches_nothing_of_a_run_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = where_folder(tmp_path)
+    where.mkdir(parents=True)
+    (where / "rank-0.json").write_text("{}")
+    monkeypatch.setattr(launch, "Workers", lambda *_: None)
+    monkeypatch.setattr(launch, "_LOCK_S", 0.3)
+    with open(tmp_path / ".lock", "w") as lock:
+        lock.write("process 7 on node7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being trained already by process 7 on node7"):
+            launch.launch(["train"], 2, tmp_path)
+        assert (where / "rank-0.json").exists()
+    launch.refuse_if_trained(tmp_path)
+
+
+STOPS = """
+import os, signal, sys, time
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from anchor_cli.engine.signals import StopFlag
+flag = StopFlag()
+flag.install()
+flag.poll_from_now_on()
+os.kill(os.getpid(), signal.SIGHUP)
+end = time.monotonic() + 10
+while flag.signal_name is None and time.monotonic() < end and sys.argv[1] != "nohup":
+    time.sleep(0.01)
+print(flag.signal_name)
+"""
+
+
+@pytest.mark.parametrize(("how", "want"), [("ssh", "SIGHUP"), ("nohup", "None")])
+def test_a_lost_terminal_stops_a_run_but_not_under_nohup(how: str, want: str) -> None:
+    done = subprocess.run([sys.executable, "-c", STOPS, how], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, want), done.stderr
 
 
 LAST_WORDS = """

@@ -104,9 +104,20 @@ def _beat(group: dist.ProcessGroup | None, value: int) -> bool:
 
 
 def start_processes(timeout_s: float = 1800.0) -> Ranks:
-    """Join the process group: NCCL on CUDA, gloo on CPU. Silences DeepSpeed's start-up chatter."""
+    """Join the process group: NCCL on CUDA, gloo on CPU. Silences DeepSpeed's start-up chatter.
+
+    Raises:
+        InputError: more processes on this host than GPUs.
+    """
     rank, local_rank, world_size = environment_ranks() or (0, 0, 1)
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this process sees {count}",
+            hint=f"start {count} process{'es' if count > 1 else ''} on this host (--nproc-per-node, SLURM's"
+            " --ntasks-per-node), and let each see all its GPUs (--gpus-per-node, not --gpus-per-task)",
+        )
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     complete_rendezvous()
@@ -258,6 +269,8 @@ def train_step(
         engine.backward(out.loss * undo)
         engine.step()
         d2q_sum, q2d_sum = d2q_sum + out.d2q_sum, q2d_sum + out.q2d_sum
-    if getattr(engine.optimizer, "overflow", False):  # fp32: DeepSpeed skips the update by itself
+    # DeepSpeed skips such an update by itself, unless it is told not to look (bf16.check_grad_overflow): then the norm
+    # that `refuse_non_finite` sees stops it.
+    if getattr(engine.optimizer, "overflow", False):
         raise NonFiniteGradient("the gradient is not finite")
     return StepResult(d2q_sum, q2d_sum)

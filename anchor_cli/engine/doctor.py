@@ -84,7 +84,7 @@ def wishes_of(spec: Any) -> Wishes:
     """What a `RunSpec` needs of the host."""
     report_to = spec.report_to if isinstance(spec.report_to, list | tuple) else [spec.report_to]
     return Wishes(
-        output_dir=Path(spec.output_dir),
+        output_dir=Path(spec.output_dir).expanduser(),
         attn_implementation=spec.attn_implementation,
         model=str(spec.model_name_or_path),
         report_to=tuple(report_to),

@@ -17,6 +17,7 @@ from anchor_cli.engine.doctor_software import version_of
 GIB = 1 << 30
 LITTLE_FREE = 0.9
 """Below this free share of a card somebody else is on it (assumption)."""
+_FLASH_ATTN = "pip install flash-attn --no-build-isolation"  # its build needs the torch that is installed
 
 
 def smi(*arguments: str) -> str | None:
@@ -29,6 +30,19 @@ def smi(*arguments: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def uuid_of(index: int) -> str:
+    """nvidia-smi's name of torch's GPU `index`, whose numbers differ under CUDA_VISIBLE_DEVICES: `GPU-5a1b…`."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def physical_numbers(listed: str) -> dict[str, int]:
+    """`nvidia-smi --query-gpu=uuid,index --format=csv,noheader` -> {"GPU-5a1b…": 3}."""
+    rows = [line.split(",") for line in listed.splitlines() if line.count(",") == 1]
+    return {uuid.strip(): int(index) for uuid, index in rows if index.strip().isdigit()}
 
 
 def gpus(_: Wishes) -> Iterator[Check]:
@@ -65,7 +79,7 @@ def _one_gpu(index: int) -> Iterator[Check]:
         yield Check(name, "warn", f"{said}: another process is on it", "nvidia-smi shows which; CUDA_VISIBLE_DEVICES")
     else:
         yield Check(name, "ok", f"{said}, bf16")
-    errors = smi("-i", str(index), "--query-gpu=ecc.errors.uncorrected.volatile.total", "--format=csv,noheader")
+    errors = smi("-i", uuid_of(index), "--query-gpu=ecc.errors.uncorrected.volatile.total", "--format=csv,noheader")
     if errors and errors.isdigit() and int(errors) > 0:
         yield Check(f"{name} ECC", "fail", f"{errors} uncorrected memory errors since boot", "take the card out of use")
 
@@ -100,7 +114,11 @@ def links(_: Wishes) -> Iterator[Check]:
         return
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
     without = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
-    ways = parse_links(smi("topo", "-m") or "")
+    numbers = physical_numbers(smi("--query-gpu=uuid,index", "--format=csv,noheader") or "")
+    here = [numbers.get(uuid_of(index), index) for index in range(count)]
+    table = parse_links(smi("topo", "-m") or "")
+    listed = {(a, b): (min(here[a], here[b]), max(here[a], here[b])) for a, b in pairs}
+    ways = {pair: table[listed[pair]] for pair in pairs if listed[pair] in table}
     slow = [pair for pair in pairs if not ways.get(pair, "").startswith("NV")]
     kinds = ", ".join(sorted({ways[pair] for pair in pairs if pair in ways})) or "unknown"
     if without:
@@ -140,9 +158,9 @@ def attention_kernel(wishes: Wishes) -> Iterator[Check]:
     if error > 0.05:  # bf16 keeps 8 bits: values up to 4 are off by up to 2^-7 x 4
         yield Check("attention kernel", "fail", said, "rebuild flash-attn, or attn_implementation: varlen")
     elif on_gpu and name == "sdpa":
-        yield Check("attention kernel", "warn", f"{said}: one call a text, slow on a GPU", "pip install flash-attn")
+        yield Check("attention kernel", "warn", f"{said}: one call a text, slow on a GPU", _FLASH_ATTN)
     elif asked and on_gpu:
-        yield Check("attention kernel", "warn", said, "pip install flash-attn, or attn_implementation: auto")
+        yield Check("attention kernel", "warn", said, f"{_FLASH_ATTN}, or attn_implementation: auto")
     else:
         yield Check("attention kernel", "ok", said)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import netrc
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from urllib import error, request
 
 from anchor_cli.engine.doctor import Check, Wishes
+from anchor_cli.engine.metrics_log import has_wandb_key
 
 GB = 1e9
 MIN_SHARED_MEMORY_GB = 1.0
@@ -193,17 +193,9 @@ def wandb(wishes: Wishes) -> Iterator[Check]:
     if mode in ("offline", "disabled", "dryrun"):
         yield Check("W&B", "ok", f"{mode} by WANDB_MODE")
         return
-    if os.environ.get("WANDB_API_KEY") or _netrc_has_key():
+    if has_wandb_key():
         yield Check("W&B", "ok", "a key is present")
     elif "wandb" in wishes.report_to:
         yield Check("W&B", "warn", "no key: report_to wandb will run offline", "wandb login, or report_to: none")
     else:
         yield Check("W&B", "ok", "no key; not asked for")
-
-
-def _netrc_has_key(host: str = "api.wandb.ai") -> bool:
-    path = Path(os.environ.get("NETRC", str(Path.home() / ".netrc")))
-    try:
-        return netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

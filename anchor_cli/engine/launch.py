@@ -7,7 +7,9 @@ of its own, so that Ctrl-C reaches it once (from here) and everything it started
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from anchor_cli.engine.metrics_log import CLOSE_S
 from anchor_cli.engine.signals import AT_ONCE, SAME_KEY_S, STOP_SIGNALS, kill
 from anchor_cli.engine.watchdog import Failure, failure_of, forget_failures, where_folder
 from anchor_cli.words.console import say
@@ -26,7 +29,8 @@ from anchor_cli.words.errors import InputError, RunError, Stopped
 LAUNCHED = "ANCHOR_LAUNCHED"  # process id of the launcher, for the workers it starts
 _POLL_S = 0.05
 _CAUSE_S = 3.0  # how long a rank that only lost touch with another waits to be explained by the other's end
-_SAVED_S = 30.0  # how long the others may take to leave after one has left with 75
+_AGREED_S = CLOSE_S + 15.0  # how long an end that all ranks agreed on may take: rank 0 finishes its trackers
+_LOCK_S = 10.0  # how long the processes of a run that was just killed may need to go
 
 
 @dataclass(frozen=True)
@@ -102,20 +106,24 @@ class Workers:
             if any(is_cause(end) and not self._by_our_signal(end) for end in failed):
                 return ended
             if failed:
-                saved = any(end.code == Stopped.exit_code for end in failed)
-                deadline = deadline or time.monotonic() + (_SAVED_S if saved or self.signals else _CAUSE_S)
+                agreed = any(end.code == Stopped.exit_code or (end.failure and end.failure.agreed) for end in failed)
+                deadline = deadline or time.monotonic() + (_AGREED_S if agreed or self.signals else _CAUSE_S)
                 if time.monotonic() > deadline:
                     return ended
             time.sleep(_POLL_S)
 
     def end(self) -> None:
         """Nothing stays: workers and what they started are killed."""
+        self._kill()
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for log in self._logs:
             log.close()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _by_our_signal(self, end: Ended) -> bool:
         return bool(self.signals) and -end.code in STOP_SIGNALS
@@ -124,7 +132,7 @@ class Workers:
         """Every stop signal that comes here goes to every worker; a second Ctrl-C ends everything."""
         now = time.monotonic()
         if self.signals and number == signal.SIGINT and now - self._first_signal_s > SAME_KEY_S:
-            self.end()
+            self._kill()  # and no wait(): the main thread may hold Popen's lock, in poll()
             os._exit(AT_ONCE)
         if not self.signals:
             self._first_signal_s = now
@@ -141,13 +149,19 @@ def launch(arguments: list[str], num_processes: int, run_folder: Path, node: tup
 
     Raises:
         Stopped: the workers saved after a signal.
+        InputError: the run is being trained already; nothing of it was touched.
         RunError: a worker failed; the first cause is named, not what followed from it.
         SystemExit: the same exit code as rank 0, which has said why.
     """
     workers = Workers(arguments, num_processes, run_folder, node)
     prepare_run_folder(run_folder)
     if node[0] == 0:
-        forget_failures(where_folder(run_folder))
+        try:
+            refuse_if_trained(run_folder)
+            forget_failures(where_folder(run_folder))
+        except InputError:
+            if node[1] == 1:
+                raise  # the other nodes would wait for this one: all hear it from rank 0 when they have met
     try:
         workers.start()
         ended = workers.wait()
@@ -172,9 +186,11 @@ def judge(ended: list[Ended], signals: list[int]) -> None:
         raise RunError(f"rank {first.rank} (pid {first.pid}) was killed by {name}", hint=_WHY.get(name, _AGAIN))
     if first.rank == 0 and first.failure and first.failure.said:
         raise SystemExit(first.code)
-    unknown = f"failed with exit code {first.code}; see logs/rank-{first.rank}.log"
+    unknown = f"failed with exit code {first.code}"
     what = first.failure.message if first.failure else unknown
-    hint = (first.failure.hint if first.failure else None) or _AGAIN
+    hint = first.failure.hint if first.failure else None
+    if hint is None:  # starting again helps after a lost rank; a bug, a missing library or a full GPU stay
+        hint = _AGAIN if first.failure and first.failure.followed else f"see logs/rank-{first.rank}.log of the run"
     named = what if what.startswith("rank ") else f"rank {first.rank}: {what}"
     raise (InputError if first.code == 2 else RunError)(named, hint=hint)
 
@@ -214,7 +230,7 @@ def complete_rendezvous() -> None:
     if ranks is None or ranks[2] == 1:
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))  # whatever is set: it meets nobody
         return
-    address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
+    address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", ""))
     if not address:
         raise InputError(
             "MASTER_ADDR is not set, so the processes cannot find each other",
@@ -222,6 +238,15 @@ def complete_rendezvous() -> None:
         )
     env["MASTER_ADDR"] = address
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's list (`gpu[03-05,09],login1` is gpu03, …), where task 0 is; empty for an empty one.
+
+    Not SLURM_LAUNCH_NODE_IPADDR: that is where `srun` was typed, a login node maybe.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group() if first else "")
 
 
 def as_node() -> tuple[int, int] | None:
@@ -249,6 +274,30 @@ def prepare_run_folder(run_folder: Path) -> None:
     except OSError as error:
         message = f"output_dir: {error.filename or run_folder}: cannot be written ({error.strerror})"
         raise InputError(message, hint="set output_dir to a folder that can be written") from None
+
+
+def refuse_if_trained(run_folder: Path) -> None:
+    """Look whether a process trains in this folder now, by the lock that its rank 0 holds (`checkpoint.lock_run`).
+
+    Raises:
+        InputError: one does.
+    """
+    end = time.monotonic() + _LOCK_S
+    try:
+        with open(run_folder / ".lock", "a+", encoding="utf-8") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return  # and given back: rank 0 takes it
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        file.seek(0)
+                        who = file.read().strip() or "another process"
+                        hint = "wait for it, end it, or give this run its own experiment_id"
+                        raise InputError(f"{run_folder}: is being trained already by {who}", hint=hint) from None
+                    time.sleep(0.2)
+    except OSError:  # a file system without locks, a file of another user: rank 0 says it
+        return
 
 
 def threads_each(num_processes: int) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import netrc
 import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from anchor_cli.words import metric_names as names
 from anchor_cli.words.console import say, warn
@@ -61,17 +63,21 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        end = time.monotonic() + CLOSE_S  # for all of them: the launcher waits for so long
         for tracker in self._trackers:
-            _close_within(tracker, CLOSE_S)
+            _close_within(tracker, max(1.0, end - time.monotonic()))
 
 
 class Appender:
-    """Lines at the end of a file. What a full disk does not take is kept, and written when it takes it again."""
+    """Lines at the end of a file. What a full disk does not take is kept, and written when it takes it again.
+
+    A line that a kill has cut short stays cut short, and the next one begins behind it, on a line of its own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
-        self._waiting = b""
+        self._waiting = b"" if _ends_in_a_line(path) else b"\n"
         self._warned = False
 
     def append(self, line: str) -> None:
@@ -100,6 +106,14 @@ class Appender:
             self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
 
 
+def _ends_in_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
 def _close_within(tracker: Any, seconds: float) -> None:
     """Close a tracker; one that raises or hangs costs a warning."""
     said: list[str] = ["it did not answer"]
@@ -118,6 +132,17 @@ def _close_within(tracker: Any, seconds: float) -> None:
         warn(f"{tracker.name} did not end cleanly ({said[0]})")
 
 
+def has_wandb_key() -> bool:
+    """Whether wandb finds a key: WANDB_API_KEY, or one in netrc for its server (WANDB_BASE_URL, else api.wandb.ai)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        return netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 class WandbTracker:
     """Weights & Biases; offline, said once, when there is no key or no network."""
 
@@ -127,7 +152,7 @@ class WandbTracker:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "offline" and "WANDB_MODE" not in os.environ:
             say("wandb: no API key, so the run is logged offline (WANDB_API_KEY or `wandb login`; `wandb sync` later)")
         settings = wandb.Settings(init_timeout=30, console="off")
@@ -143,16 +168,6 @@ class WandbTracker:
             self._run = wandb.init(mode="offline", **options)
         self.run_id = str(self._run.id)
 
-    @staticmethod
-    def _has_key() -> bool:
-        if os.environ.get("WANDB_API_KEY"):
-            return True
-        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-        try:
-            return "wandb" in netrc.read_text(encoding="utf-8")
-        except OSError:
-            return False
-
     def log(self, record: dict[str, Any]) -> None:
         self._run.log({k: v for k, v in record.items() if k != names.STEP}, step=record[names.STEP])
 
@@ -166,10 +181,11 @@ class TensorboardTracker:
     name = "tensorboard"
     run_id: str | None = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        purge = first_step + 1 if first_step else None  # steps behind the checkpoint are trained, and logged, again
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -180,7 +196,7 @@ class TensorboardTracker:
         self._writer.close()
 
 
-def start_trackers(spec: RunSpec, folder: Path, wandb_run_id: str | None) -> list[Any]:
+def start_trackers(spec: RunSpec, folder: Path, wandb_run_id: str | None, first_step: int) -> list[Any]:
     """The trackers of `report_to` that start; one that does not is named in a warning. WANDB_DISABLED is honoured."""
     trackers: list[Any] = []
     for name in spec.reporters:
@@ -190,7 +206,7 @@ def start_trackers(spec: RunSpec, folder: Path, wandb_run_id: str | None) -> lis
                 if not disabled and os.environ.get("WANDB_MODE") != "disabled":
                     trackers.append(WandbTracker(spec, folder, wandb_run_id))
             else:
-                trackers.append(TensorboardTracker(folder))
+                trackers.append(TensorboardTracker(folder, first_step))
         except Exception as error:
             warn(f"{name} could not start ({type(error).__name__}: {error}); metrics are in {folder / METRICS}")
     return trackers

@@ -1,8 +1,9 @@
-"""One step of a run again: from the nearest checkpoint before it, nothing written, each micro-batch looked at.
+"""One step of a run again, from the nearest checkpoint before it, each micro-batch looked at. The run stays as it is
+(raw data whose prepared form is gone are prepared again).
 
-The state at step N is made exactly as training made it: the checkpoint is loaded and the steps between are trained
-again. Then every micro-batch, cut as the run cut it, is run alone, forward and backward; one whose loss or gradient is
-not a finite number is taken apart row by row.
+The state at step N is made as training made it: the checkpoint is loaded and the steps between are trained again, in
+one process, so that sums of several ranks are rounded in another order. Then every micro-batch, cut as the run cut it,
+is run alone, forward and backward; one whose loss or gradient is not a finite number is taken apart row by row.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from anchor_cli.data.plan import StepRows
 from anchor_cli.engine import setup
 from anchor_cli.engine.checkpoint import read_state, verify_checkpoint
 from anchor_cli.engine.deepspeed_engine import start_processes, train_step
-from anchor_cli.engine.run import Run, Settled, build_run
+from anchor_cli.engine.run import DS_CONFIG, Run, Settled, build_run
 from anchor_cli.engine.watchdog import Watchdog
 from anchor_cli.words.console import progress, warn
+from anchor_cli.words.ds_config import load_ds_config
 from anchor_cli.words.errors import InputError
 from anchor_cli.words.run_folder import RunFolder, checkpoint_step, list_checkpoints, read_json_lines
 from anchor_cli.words.spec import RunSpec, load_spec
@@ -86,9 +88,7 @@ def replay(run_folder: Path, step: int) -> Replay:
         InputError: no such run, or the step is not of its schedule.
     """
     spec_path = RunFolder(run_folder).spec
-    spec = load_spec(spec_path)
-    if spec.deepspeed.startswith("zero3"):  # every parameter whole in this one process; the numbers are the same
-        spec = spec.model_copy(update={"deepspeed": "zero2_bf16" if spec.precision == "bfloat16" else "zero2_fp32"})
+    spec = with_ds_config_for_one(load_spec(spec_path), run_folder)
     ranks = start_processes()
     run = build_run(spec, ranks, spec_path.parent, settled_before(spec, run_folder, step), Watchdog(run_folder, 0))
     if not 0 <= step < run.total_steps:
@@ -110,8 +110,18 @@ def replay(run_folder: Path, step: int) -> Replay:
     return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, look(run, as_cut(run, step)))
 
 
+def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
+    """The spec with the run's own DeepSpeed config; for ZeRO-3 with ZeRO-2's, which has every parameter whole in this
+    one process and gives the same numbers."""
+    written = (run_folder / DS_CONFIG).absolute()
+    name = str(written) if written.is_file() else spec.deepspeed  # runs of older versions have the name only
+    if (load_ds_config(name, run_folder).get("zero_optimization") or {}).get("stage") == 3:
+        name = "zero2_bf16" if spec.precision == "bfloat16" else "zero2_fp32"
+    return spec.model_copy(update={"deepspeed": name})
+
+
 def settled_before(spec: RunSpec, run_folder: Path, step: int) -> Settled:
-    """The newest whole checkpoint at or before `step`, and what the run trains on; nothing is written."""
+    """The newest whole checkpoint at or before `step`, and what the run trains on; nothing of the run is changed."""
     contract = setup.contract_for(spec)
     pairs = setup.open_data(setup.prepared_data(spec, contract), contract)
     for folder in reversed(list_checkpoints(run_folder)):

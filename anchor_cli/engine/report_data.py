@@ -1,8 +1,8 @@
 """What a run folder says about its run: the reading half of `anchor report`, no pictures.
 
 Files read (design §5): `metrics.jsonl`, `events.jsonl`, `spec.json`, `environment.json`, and the data's `prepare.json`.
-A run may be alive or may have died in the middle of a line; a torn last line is left out, anything else that cannot
-be read is an error that names the file and the line.
+A run may be alive or may have died in the middle of a line: a torn last line of `metrics.jsonl`, and every torn line of
+`events.jsonl`, is left out. Anything else that cannot be read is an error that names the file and the line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from anchor_cli.words import metric_names as names
 from anchor_cli.words.errors import InputError
-from anchor_cli.words.run_folder import TRAINING_STATE, newest_checkpoint
+from anchor_cli.words.run_folder import TRAINING_STATE, newest_checkpoint, read_json_lines
 
 NDCG = "ndcg@10"
 MRR = "mrr@10"
@@ -224,10 +224,8 @@ def _benchmarks(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _events(path: Path) -> list[Event]:
-    if not path.is_file():
-        return []
     events = []
-    for line in _json_lines(path):
+    for line in read_json_lines(path):
         details = {key: value for key, value in line.items() if key not in ("time", "step", "event")}
         events.append(Event(float(line.get("time", 0.0)), int(line.get("step", 0)), str(line.get("event")), details))
     return events

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from anchor_cli.engine.optimizer_state import load_optimizer_state, save_optimiz
 from anchor_cli.engine.plan_inputs import shape_of
 from anchor_cli.engine.watchdog import Watchdog
 from anchor_cli.model.attention import choose_kernel
-from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone
+from anchor_cli.model.backbone import apply_liger, compile_layers, liger_fits, load_backbone
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.words import schedule
 from anchor_cli.words.console import say, warn
@@ -35,6 +34,9 @@ from anchor_cli.words.errors import AnchorError, InputError, RunError
 from anchor_cli.words.files import write_json
 from anchor_cli.words.run_folder import TRAINING_STATE
 from anchor_cli.words.spec import RunSpec
+
+DS_CONFIG = "ds_config.json"
+"""The run's DeepSpeed config as it was written, beside its spec.json: `anchor replay` finds it there."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Run:
     feed: Feed
     kernel: str
     liger: bool
+    raw_ds_config: dict[str, Any]
+    token_budget: int
     best: dict[str, Any] | None = None
     evaluated_step: int | None = None
     skipped_steps: set[int] = field(default_factory=set)
@@ -135,11 +139,21 @@ def _settle_first(spec: RunSpec) -> dict[str, Any]:
         begun = setup.resume_point(spec, pairs.fingerprint)
         if begun["checkpoint"]:
             setup.require_contract_of(Path(begun["checkpoint"]), contract)
+            refuse_to_stop_before(spec, Path(begun["checkpoint"]), int(begun["state"]["step"]))
         return answer | begun
     except AnchorError as error:
         return {"error": [error.message, error.hint, error.exit_code]}
     except OSError as error:
         return {"error": [f"{error.filename or spec.output_dir}: {error.strerror}", "check path and rights", 2]}
+
+
+def refuse_to_stop_before(spec: RunSpec, checkpoint: Path, step: int) -> None:
+    """A run that is further than `stop_after_n_steps` has nothing to do. Raises InputError."""
+    if spec.stop_after_n_steps and spec.stop_after_n_steps < step:
+        raise InputError(
+            f"stop_after_n_steps: {spec.stop_after_n_steps}, but {checkpoint} has {step} steps already",
+            hint=f"take it out, or set it to more than {step}",
+        )
 
 
 def open_run(
@@ -158,7 +172,9 @@ def open_run(
 def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, watchdog: Watchdog) -> Run:
     """Plan, load the model, build the engine and restore the optimizer's state."""
     raw = load_ds_config(spec.deepspeed, spec_folder)
-    budget = budget_of(spec, settled.pairs, ranks, raw)
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
+    budget = budget_of(spec, settled.pairs, ranks, raw, kernel)
     plan = plan_of(spec, settled.pairs, settled.global_batch_size, ranks, budget.tokens)
     config = resolve_ds_config(
         raw,
@@ -167,11 +183,15 @@ def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, 
         micro_batch_size=1,
         world_size=ranks.world_size,
     )
-    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
-    kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     source = settled.checkpoint or spec.model_name_or_path
     watchdog.phase("start-up (model)", None)
-    language_model = load_backbone(source, dtype=dtype, gradient_checkpointing=budget.checkpointing)
+    language_model = load_backbone(
+        source,
+        dtype=dtype,
+        gradient_checkpointing=budget.checkpointing,
+        max_seq_length=settled.contract.max_seq_length,
+        reconstructs=True,
+    )
     liger = ranks.device.type == "cuda" and apply_liger(language_model)
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=settled.contract.pooling_mode)
     model.train()
@@ -182,7 +202,7 @@ def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, 
     watchdog.phase("start-up (engine)", None)
     engine, optimizer = build_engine(model, spec, config, ranks.device)
     feed = Feed(settled.pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
-    run = Run(spec, ranks, spec.run_folder, settled, plan, engine, optimizer, feed, kernel, liger)
+    run = Run(spec, ranks, spec.run_folder, settled, plan, engine, optimizer, feed, kernel, liger, raw, budget.tokens)
     if settled.checkpoint is not None and settled.state is not None:
         watchdog.phase("start-up (optimizer state)", None)
         restore(run, settled.checkpoint, settled.state)
@@ -223,7 +243,9 @@ def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: 
     )
 
 
-def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict[str, Any]) -> Budget:
+def budget_of(
+    spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict[str, Any], kernel: str
+) -> Budget:
     """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
     longest = int((pairs.query_lengths + pairs.document_lengths).max())
     options = state_options(spec, ds_config, ranks.world_size)
@@ -233,8 +255,8 @@ def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict
     if ranks.cpu_group is not None:
         dist.all_reduce(free, op=dist.ReduceOp.MIN, group=ranks.cpu_group)
     shape, _ = shape_of(spec.model_name_or_path)
-    liger = find_spec("liger_kernel") is not None
-    return choose_budget(spec, shape, options, float(free.item()), longest, liger=liger)
+    liger = liger_fits(spec.model_name_or_path)
+    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kernel, liger=liger)
 
 
 def save(run: Run, step: int, log: MetricsLog | None, wandb_run_id: str | None) -> Path:

@@ -22,7 +22,10 @@ from anchor_cli.words.errors import Stopped
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning before the time limit
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1: SLURM's warning before the time limit. SIGHUP, too (the terminal or ssh is gone), but not under nohup."""
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 AT_ONCE = 130  # exit code after a second SIGINT, as a shell has it
 SAME_KEY_S = 0.5  # torchrun passes on a Ctrl-C that the terminal has sent to its workers already: that is one wish
 
@@ -40,7 +43,7 @@ class StopFlag:
         self._heard_s = 0.0
 
     def install(self) -> None:
-        """Take over SIGTERM, SIGINT and SIGUSR1 of this process (main thread only). Forked children get them back."""
+        """Take over the stop signals of this process (main thread only). Forked children get them back."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -76,7 +79,8 @@ class StopFlag:
         elif number == signal.SIGINT and now - self._heard_s > SAME_KEY_S:
             leave(AT_ONCE)
         if self._starting:
-            sys.stderr.write(f"anchor: stopped by {self.signal_name} before the first step; nothing was to be saved\n")
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                sys.stderr.write(f"anchor: stopped by {self.signal_name} before the first step; nothing to save\n")
             leave(Stopped.exit_code)
 
 
@@ -95,8 +99,9 @@ def leave(code: int) -> None:
     """End this process now, its children first: nothing is left behind, and the terminal is as it was."""
     from anchor_cli.engine.rank_log import give_back
 
-    give_back()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        give_back()
+        sys.stderr.flush()
     for pid in children(os.getpid()):
         kill(pid, signal.SIGKILL)
     os._exit(code)

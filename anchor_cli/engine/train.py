@@ -188,7 +188,7 @@ class Training:
         if self.is_first:
             state = run.settled.state or {}
             self.log = MetricsLog(run.folder, keep_bytes=int(state.get("metrics_bytes", 0)))
-            trackers = start_trackers(spec, run.folder, self.wandb_run_id)
+            trackers = start_trackers(spec, run.folder, self.wandb_run_id, run.settled.first_step)
             self.wandb_run_id = next((t.run_id for t in trackers if t.run_id), self.wandb_run_id)
             self.log.track(trackers)
             self.log.event("resume" if run.settled.checkpoint else "start", run.settled.first_step,
@@ -278,7 +278,10 @@ class Training:
         self.saved_step = step
         if self.log:
             self.log.event("checkpoint", step)
-            ckpt.prune(self.run.folder, self.run.spec.save_total_limit)
+            try:
+                ckpt.prune(self.run.folder, self.run.spec.save_total_limit)
+            except OSError as error:  # the new one stands: not a reason to lose the run
+                warn(f"older checkpoints could not be removed ({error}); the next save tries again")
             self.watch.saved(folder)
         self.restart_window()
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from pathlib import Path
@@ -98,7 +99,8 @@ class Watch:
         with printing:
             live, self._live = self._live, None
             if live:
-                live.stop()
+                with contextlib.suppress(OSError):  # a terminal that is gone (SIGHUP) needs nothing back
+                    live.stop()
 
     def _show(self) -> None:
         from rich.live import Live

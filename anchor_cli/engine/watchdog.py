@@ -131,13 +131,15 @@ def where_ranks_are(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank failed. `followed`: it only lost touch with another; `said`: it told the person itself."""
+    """Why a rank failed. `followed`: it only lost touch with another, or ends as all ranks agreed to (`agreed`, too);
+    `said`: it told the person itself."""
 
     time: float
     message: str
     hint: str | None
     followed: bool
     said: bool
+    agreed: bool = False
 
 
 class LostPeer(RunError):
@@ -145,11 +147,18 @@ class LostPeer(RunError):
 
 
 def note_failure(
-    folder: Path, rank: int, message: str, hint: str | None, *, followed: bool = False, said: bool = True
+    folder: Path,
+    rank: int,
+    message: str,
+    hint: str | None,
+    *,
+    followed: bool = False,
+    said: bool = True,
+    agreed: bool = False,
 ) -> None:
     """Leave word of a failure for the launcher."""
     try:
-        text = json.dumps(asdict(Failure(time.time(), message, hint, followed, said)), ensure_ascii=False)
+        text = json.dumps(asdict(Failure(time.time(), message, hint, followed, said, agreed)), ensure_ascii=False)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"failed-{rank}.json").write_text(text, encoding="utf-8")
     except OSError:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from anchor_cli.engine.hub import use_the_cache_when_the_hub_is_silent
 from anchor_cli.engine.launch import LAUNCHED, environment_ranks, prepare_run_folder
@@ -24,7 +25,7 @@ from anchor_cli.engine.watchdog import (
     where_folder,
     where_ranks_are,
 )
-from anchor_cli.words.errors import AnchorError, Stopped
+from anchor_cli.words.errors import AnchorError, InputError, RunError, Stopped
 from anchor_cli.words.files import write_json
 from anchor_cli.words.spec import RunSpec
 
@@ -42,19 +43,42 @@ def work(
         flag: one that hears signals already; else one of its own does while it works.
     Raises:
         Stopped: a signal came and everything is saved.
+        InputError: the run is being trained already; nothing of it was touched.
     """
     if flag is None:
         flag = StopFlag()
         flag.install()
-    launcher, rank = os.environ.get(LAUNCHED), (environment_ranks() or (0, 0, 1))[0]
+    launcher, (rank, _, world_size) = os.environ.get(LAUNCHED), environment_ranks() or (0, 0, 1)
     if launcher:
         die_with_parent(int(launcher))
     elif watched := [generations for name, generations in FOREIGN_LAUNCHERS.items() if name in os.environ]:
         stop_with_launcher(max(watched))
     prepare_run_folder(spec.run_folder)
+    if rank == 0 and not launcher:
+        make_way(spec.run_folder, alone=world_size == 1)
     with quiet_if_said(spec, rank), rank_log(spec.run_folder / "logs", rank, redirected=bool(launcher)):
         _work(spec, spec_path, skip_steps, flag, rank)
     flag.uninstall()
+
+
+def make_way(run_folder: Path, *, alone: bool) -> None:
+    """Take the run for this process, then forget what earlier starts of it wrote; what a living one writes stays.
+
+    Raises:
+        InputError: the run is being trained already, and nobody else waits to hear it; several ranks hear it together,
+            from `run.settle`.
+    """
+    from anchor_cli.engine.checkpoint import lock_run
+
+    try:
+        lock_run(run_folder)
+    except InputError:
+        if alone:
+            raise
+        return
+    except OSError:  # `settle` says it in words
+        return
+    forget_failures(where_folder(run_folder))
 
 
 def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag, rank: int) -> None:
@@ -67,17 +91,19 @@ def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: Sto
     from anchor_cli.engine.run import open_run
 
     watchdog = Watchdog(where_folder(spec.run_folder), rank)
-    if rank == 0 and LAUNCHED not in os.environ:
-        forget_failures(where_folder(spec.run_folder))
     watchdog.start()
     with told_apart(spec, rank, watchdog):
         ranks = start_processes(2 * watchdog.timeout_s)
-        run = open_run(spec, ranks, spec_path.parent, skip_steps, watchdog)
+        more = "more GPUs share out the optimizer, deepspeed: zero3_bf16 the weights, too; zero2_offload_bf16 takes RAM"
+        with enough_memory(rank, "before the first step", more):
+            run = open_run(spec, ranks, spec_path.parent, skip_steps, watchdog)
         from anchor_cli.engine.train import Training
 
         if ranks.rank == 0:
-            remember(run.spec, run.folder, run.kernel, run.liger)
-        Training(run, flag, watchdog).train()
+            remember(run.spec, run.folder, run.raw_ds_config, run.kernel, run.liger)
+        smaller = "lower max_tokens_per_micro_batch, or gradient_checkpointing: true; the same command then goes on"
+        with enough_memory(rank, f"with micro-batches of up to {run.token_budget:,} tokens", smaller):
+            Training(run, flag, watchdog).train()
     leave_processes()
 
 
@@ -94,8 +120,26 @@ def quiet_if_said(spec: RunSpec, rank: int) -> Iterator[None]:
         said = isinstance(error, Stopped | LostPeer) or (first is not None and first.message == error.message)
         if said:
             raise SystemExit(error.exit_code) from None
-        error.message = f"rank {rank} on {socket.gethostname()}: {error.message}"
+        if not error.message.startswith("rank "):
+            error.message = f"rank {rank} on {socket.gethostname()}: {error.message}"
         raise
+
+
+class OutOfMemory(RunError):
+    """The memory of one rank's GPU ran out: its own failure, which the others know nothing of."""
+
+
+@contextmanager
+def enough_memory(rank: int, when: str, hint: str) -> Iterator[None]:
+    """CUDA's error in the person's words. Told by its name, so that torch need not be there."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+        message = f"rank {rank} on {socket.gethostname()}: out of GPU memory {when} ({first_line})"
+        raise OutOfMemory(message, hint=hint) from error
 
 
 @contextmanager
@@ -106,8 +150,11 @@ def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
         yield
     except Stopped:
         raise
+    except OutOfMemory as error:
+        note_failure(folder, rank, error.message, error.hint, said=rank == 0)
+        raise
     except AnchorError as error:  # most are agreed on by all ranks; rank 0 tells the person
-        note_failure(folder, rank, error.message, error.hint, followed=rank != 0, said=rank == 0)
+        note_failure(folder, rank, error.message, error.hint, followed=rank != 0, said=rank == 0, agreed=True)
         raise
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), "")[:300]
@@ -126,12 +173,14 @@ def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
         watchdog.stop()
 
 
-def remember(spec: RunSpec, folder: Path, kernel: str, liger: bool) -> None:
-    """spec.json and environment.json of the run, and the run itself for `anchor eval checkpoint-N`."""
+def remember(spec: RunSpec, folder: Path, ds_config: dict[str, Any], kernel: str, liger: bool) -> None:
+    """spec.json, ds_config.json and environment.json of the run, and the run itself for `anchor eval checkpoint-N`."""
     from anchor_cli.engine.environment import environment
+    from anchor_cli.engine.run import DS_CONFIG
     from anchor_cli.words.run_folder import RunFolder, remember_run
 
     files = RunFolder(folder)
     write_json(files.spec, spec.model_dump())
+    write_json(folder / DS_CONFIG, ds_config)
     write_json(files.environment, environment() | {"attention_kernel": kernel, "liger": liger})
     remember_run(folder)

@@ -207,8 +207,8 @@ def _packed_attention(
             hint=f"max_seq_length of at most {sliding_window}",
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    flat = (t[0].transpose(0, 1) for t in (query, key, value))
-    return KERNELS[packing.kernel](*flat, packing, scale)[None], None
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    return KERNELS[packing.kernel](query, key, value, packing, scale)[None], None
 
 
 def register() -> None:

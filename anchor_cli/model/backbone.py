@@ -43,8 +43,7 @@ def load_backbone(
     source = str(folder_or_id)
     _refuse_pickled_weights(source)
     try:
-        model: PreTrainedModel
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=PACKED_ATTENTION,
@@ -59,6 +58,8 @@ def load_backbone(
         raise InputError(
             f"model_name_or_path: {source!r} could not be loaded as a causal language model: {reason}", hint=hint
         ) from error
+    model: PreTrainedModel
+    model, info = loaded
     _refuse_missing_weights(model, info["missing_keys"], source, reconstructs)
     _refuse_other_attention(model, source, max_seq_length, reconstructs)
     model.config.use_cache = False

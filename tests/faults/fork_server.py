@@ -60,7 +60,7 @@ class ForkedWorker:
         if self.pid:
             return
         os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if stdout is not None:
             os.dup2(stdout.fileno(), 1)

@@ -125,6 +125,11 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(world: World, whole: P
         assert_bitwise(run / "checkpoint-8", whole / "checkpoint-8")
 
 
+def test_a_run_that_is_further_than_it_shall_go_is_refused(world: World, whole: Path) -> None:
+    code, said = world.end("whole", spec={"stop_after_n_steps": 4})
+    assert code == 2 and "stop_after_n_steps: 4, but" in said and "has 8 steps already" in said, said
+
+
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(world: World, whole: Path) -> None:
     out = world.folder / "tiny-disk"
     with mounted(out, "-t", "tmpfs", "-o", "size=300k", "tmpfs"):
@@ -360,6 +365,9 @@ def test_the_same_run_started_twice_is_refused(world: World) -> None:
     await_phase(world.run("twice"), "step")
     code, said = world.end("twice", spec=LONG)
     assert code == 2 and "is being trained already by process" in said, said
+    logs = world.run("twice") / "logs"
+    assert (logs / "rank-0.log").read_text().count("--- ") == 1  # the second start left the first one's log alone
+    assert json.loads((logs / "where/rank-0.json").read_text())["pid"] == first.pids[0]
     first.send(signal.SIGINT)
     assert first.wait() == 75
 
