@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +62,7 @@ def plan(
     elif tokens_per_second is not None:
         throughput = Throughput(tokens_per_s=tokens_per_second, basis=f"given: {tokens_per_second:,.0f} tokens/s")
     lengths = rows_of(run, rows)
-    liger = gpu is None and hardware.gpu is not None and find_spec("liger_kernel") is not None  # as training decides
+    liger = gpu is None and hardware.gpu is not None and _liger_fits(run.model_name_or_path)
     made = estimate(run, shape, lengths, hardware, ds_config, throughput, liger=liger)
     measured = None
     if probe:
@@ -156,3 +155,14 @@ def _clock(seconds: float) -> str:
     if minutes < 60:
         return f"{max(1, minutes)} min"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _liger_fits(model: str) -> bool:
+    """As training decides; torch is imported only where there may be something to ask it."""
+    from importlib.util import find_spec
+
+    if find_spec("liger_kernel") is None:
+        return False
+    from anchor_cli.model.backbone import liger_fits
+
+    return liger_fits(model)

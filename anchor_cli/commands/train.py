@@ -22,8 +22,8 @@ def train(
     """Train: validated spec -> DeepSpeed ZeRO-2 bf16 on all local GPUs (or the CPU).
 
     Run again, the same command continues from the newest whole checkpoint. Under torchrun, deepspeed or srun it is a
-    worker; where RANK and WORLD_SIZE count nodes (Kubernetes) it starts the workers of its node. SIGTERM, Ctrl-C and
-    SIGUSR1 finish the step, save and exit with 75; a second Ctrl-C ends at once.
+    worker; where RANK and WORLD_SIZE count nodes (Kubernetes) it starts the workers of its node. SIGTERM, Ctrl-C,
+    SIGUSR1 and a closed terminal (SIGHUP) finish the step, save and exit with 75; a second Ctrl-C ends at once.
     """
     import os
 
