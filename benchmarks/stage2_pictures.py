@@ -53,6 +53,13 @@ def summarise(runs: list[Run]) -> Run:
     }
 
 
+def highest(part: Run) -> float:
+    """Top of the axis: what the bands reach, and a little more, at most 1."""
+    points = [point for curves in part["starts"].values() for stage in ("stage_one", "stage_two")
+              for point in curves[stage].values()]  # fmt: skip
+    return min(1.0, 1.1 * max(mean + (half or 0.0) for mean, half in points))
+
+
 def draw(runs: list[Run], folder: Path) -> None:
     """Write summary.json, and `PART.svg`: Stage I on the left, Stage II on the right, bands are 95 % intervals."""
     import matplotlib
@@ -75,10 +82,10 @@ def draw(runs: list[Run], folder: Path) -> None:
                 panel.plot(steps, means, marker=".", color=f"C{index}", label=start)
                 panel.fill_between(steps, means - halves, means + halves, color=f"C{index}", alpha=0.15, lw=0)
             num_seeds = len(summary[part]["seeds"])
-            panel.set(title=f"{part}: {title}", xlabel=f"{title} step", ylim=(0, 1))
+            panel.set(title=f"{part}: {title}", xlabel=f"{title} step", ylim=(0, highest(summary[part])))
         label = f"nDCG@10, mean of {num_seeds} seeds, 95 % interval" if num_seeds > 1 else "nDCG@10, one seed"
         panels[0].set_ylabel(label)
-        panels[1].legend(fontsize=8, loc="lower right")
+        panels[1].legend(fontsize=8, loc="best")
         figure.savefig(folder / f"{part}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{part}.png", dpi=110, metadata={"Software": None})
         plt.close(figure)
