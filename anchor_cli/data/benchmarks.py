@@ -73,6 +73,12 @@ def is_hub_id(place: str) -> bool:
     return _HUB_ID.fullmatch(place) is not None and not Path(place.split("/")[0]).exists()
 
 
+def language_and_place(spec: str) -> tuple[str | None, str]:
+    """`ko:DIR` -> (ko, DIR); without a language, or where a file has that very name, (None, spec)."""
+    match = None if Path(spec).exists() else re.fullmatch(r"([a-z]{2,3}):(.+)", spec)
+    return (match[1], match[2]) if match else (None, spec)
+
+
 def parts_of(spec: str) -> list[Part]:
     """The benchmarks that `spec` means, none of them read yet; only a Hub id without a subset asks the Hub.
 
@@ -81,9 +87,7 @@ def parts_of(spec: str) -> list[Part]:
     """
     if spec.lower() == "nanobeir" or spec.lower().startswith("nanobeir:"):
         return _nanobeir(spec)
-    language, place = None, spec
-    if not Path(spec).exists() and (match := re.fullmatch(r"([a-z]{2,3}):(.+)", spec)):
-        language, place = match.groups()
+    language, place = language_and_place(spec)
     if not Path(place).exists() and (place in SUBSETS or place.lower() == "nanobeir"):
         subset = place if place in SUBSETS else ""
         return [

@@ -22,6 +22,11 @@ class Budget:
     checkpointing_source: str
 
 
+def expected_kernel(spec: RunSpec) -> str:
+    """`flash` or `sdpa`: what a GPU will run, as far as the spec tells; there is no flash kernel in fp32."""
+    return "sdpa" if spec.attn_implementation == "sdpa" or spec.precision == "float32" else "flash"
+
+
 def choose_budget(
     spec: RunSpec,
     shape: ModelShape | None,
@@ -44,7 +49,7 @@ def choose_budget(
         tokens, source = (given, "the spec") if given else (max(longest_row, CPU_TOKENS), "the CPU's default")
         return Budget(tokens, source, checkpointing, why if wish != "auto" else "auto: off on a CPU")
     if kernel is None:
-        kernel = "sdpa" if spec.attn_implementation == "sdpa" or spec.precision == "float32" else "flash"
+        kernel = expected_kernel(spec)
     fitting = {
         recompute: largest_budget(shape, options, device_bytes, checkpointing=recompute, kernel=kernel, liger=liger)
         for recompute in (False, True)

@@ -9,12 +9,11 @@ All formats are JSON and safetensors: nothing is ever unpickled.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import shutil
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from anchor_cli.data.text import tokenizer_folder
 from anchor_cli.words.contract import TextContract, write_contract, write_llm2vec_config
 from anchor_cli.words.errors import InputError
 from anchor_cli.words.files import free_bytes, fsync_folder, fsync_tree, sha256_file, write_json
-from anchor_cli.words.run_folder import TRAINING_STATE, best_checkpoint, list_checkpoints
+from anchor_cli.words.run_folder import TRAINING_STATE, best_checkpoint, list_checkpoints, open_lock, take_lock
 
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = (
@@ -239,23 +238,12 @@ def lock_run(run_folder: Path, patience_s: float = 10.0) -> None:
     Raises:
         InputError: another process holds the run.
     """
-    path = run_folder.absolute() / ".lock"
+    path = run_folder.absolute()
     if path in _locks:
         return
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the process lives
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > end:
-                file.seek(0)
-                message = f"{run_folder}: is being trained already by {file.read().strip() or 'another process'}"
-                raise InputError(message, hint="wait for it, end it, or give this run its own experiment_id") from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            break
+    file = open_lock(path)
+    with contextlib.suppress(OSError):  # a file system without locks
+        take_lock(file, run_folder, patience_s)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

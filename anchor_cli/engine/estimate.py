@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from anchor_cli.data.plan import deal, epoch_order, make_plan
 from anchor_cli.engine import flops, memory_model
-from anchor_cli.engine.budget import choose_budget, state_options
+from anchor_cli.engine.budget import choose_budget, expected_kernel, state_options
 from anchor_cli.engine.flops import ModelShape
 from anchor_cli.engine.hardware import Gpu
 from anchor_cli.engine.memory_model import Memory, StateOptions
@@ -174,7 +174,7 @@ def estimate(
     cut = cut_of(spec, shape, options, hardware, row_lengths, steps, liger)
     memory = None
     if hardware.gpu is not None:
-        kernel = "sdpa" if spec.attn_implementation == "sdpa" or spec.precision == "float32" else "flash"
+        kernel = expected_kernel(spec)
         memory = memory_model.training_memory(
             shape, options, cut.heaviest_tokens, checkpointing=cut.gradient_checkpointing, kernel=kernel, liger=liger
         )

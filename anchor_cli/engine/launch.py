@@ -7,7 +7,6 @@ of its own, so that Ctrl-C reaches it once (from here) and everything it started
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import signal
@@ -25,6 +24,7 @@ from anchor_cli.engine.signals import AT_ONCE, SAME_KEY_S, STOP_SIGNALS, kill
 from anchor_cli.engine.watchdog import Failure, failure_of, forget_failures, where_folder
 from anchor_cli.words.console import say
 from anchor_cli.words.errors import InputError, RunError, Stopped
+from anchor_cli.words.run_folder import open_lock, take_lock
 
 LAUNCHED = "ANCHOR_LAUNCHED"  # process id of the launcher, for the workers it starts
 _POLL_S = 0.05
@@ -282,20 +282,9 @@ def refuse_if_trained(run_folder: Path) -> None:
     Raises:
         InputError: one does.
     """
-    end = time.monotonic() + _LOCK_S
     try:
-        with open(run_folder / ".lock", "a+", encoding="utf-8") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return  # and given back: rank 0 takes it
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        file.seek(0)
-                        who = file.read().strip() or "another process"
-                        hint = "wait for it, end it, or give this run its own experiment_id"
-                        raise InputError(f"{run_folder}: is being trained already by {who}", hint=hint) from None
-                    time.sleep(0.2)
+        with open_lock(run_folder) as file:
+            take_lock(file, run_folder, _LOCK_S)  # and given back: rank 0 takes it
     except OSError:  # a file system without locks, a file of another user: rank 0 says it
         return
 

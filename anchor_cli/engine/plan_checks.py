@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.data.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
-from anchor_cli.data.benchmarks import DEFAULT_DATA, SNAPSHOT_VARIABLE, is_hub_id, parts_of
+from anchor_cli.data.benchmarks import DEFAULT_DATA, SNAPSHOT_VARIABLE, is_hub_id, language_and_place, parts_of
 from anchor_cli.data.nanobeir import MANIFEST_FILE, is_nano_folder
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.engine.doctor import Check
@@ -179,8 +178,7 @@ def _evaluation_data(name: str) -> str | None:
     Raises:
         InputError: it means nothing, or does not load.
     """
-    match = None if Path(name).exists() else re.fullmatch(r"([a-z]{2,3}):(.+)", name)
-    place = Path(match[2] if match else name)
+    place = Path(language_and_place(name)[1])
     if place.is_dir() and not (place / MANIFEST_FILE).is_file() and not is_nano_folder(place):
         if missing := [file for file in (CORPUS_FILE, QUERIES_FILE, QRELS_FILE) if not (place / file).is_file()]:
             raise InputError(f"{place}: no {', no '.join(missing)}", "expected BEIR, NanoBEIR or a snapshot")

@@ -5,13 +5,14 @@ The runs are remembered in `$ANCHOR_HOME/runs.jsonl` (default `~/.cache/anchor`)
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from anchor_cli.words.errors import InputError, nearest
 from anchor_cli.words.metric_names import EVAL_AVG_NDCG_10, STEP
@@ -67,6 +68,33 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after `step` optimizer updates."""
         return self.path / f"checkpoint-{step}"
+
+
+def open_lock(run: Path) -> IO[str]:
+    """The file whose lock says that a process trains in the folder `run`; it names that process."""
+    return open(run / ".lock", "a+", encoding="utf-8")
+
+
+def take_lock(file: IO[str], run: Path, patience_s: float) -> None:
+    """Lock `open_lock`'s file until it is closed.
+
+    `patience_s`: the processes of a run that was just killed may need a moment to go.
+
+    Raises:
+        InputError: another process trains in `run`.
+        OSError: a file system without locks.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.seek(0)
+                message = f"{run}: is being trained already by {file.read().strip() or 'another process'}"
+                raise InputError(message, hint="wait for it, end it, or give this run its own experiment_id") from None
+            time.sleep(0.2)
 
 
 def checkpoint_step(path: str | Path) -> int | None:
