@@ -37,6 +37,7 @@ def write(folder: Path, content: list[dict[str, Any]], chunk: int) -> str:
     for first in range(0, len(content), chunk):
         writer.write(pa.Table.from_pylist(content[first : first + chunk], SCHEMA))
     files, fingerprint = writer.finish("contract")
+    writer.describe(files, fingerprint)
     write_contract(folder, CONTRACT)
     manifest = {"format": 1, "num_rows": writer.num_rows, "fingerprint": fingerprint, "files": files}
     (folder / "prepare.json").write_text(json.dumps(manifest))

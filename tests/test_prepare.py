@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -200,13 +201,39 @@ def kill_at_random_moments(tmp_path: Path, tokenizer_folder: Path, num_kills: in
         else:
             with pytest.raises(InputError):
                 PreparedPairs.open(out)
-        for left in tmp_path.glob(".out.partial-*"):  # what a killed run leaves does not look like prepared data
+        for left in tmp_path.glob(".out.partial-*"):  # what a killed run leaves does not load, or is whole
+            if (left / "prepare.json").exists():
+                assert same_folders(left, tmp_path / "want")
+                continue
             with pytest.raises(InputError):
                 PreparedPairs.open(left)
     prepare([str(source)], out, tokenizer=tokenizer_folder)
     assert same_folders(out, tmp_path / "want")
     assert not list(tmp_path.glob(".out.partial-*"))
     return killed, done
+
+
+def test_the_folder_loads_only_when_nothing_is_missing(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write_html(path: Path, *arguments: Any) -> None:
+        with pytest.raises(InputError, match="not whole"):
+            PreparedPairs.open(path.parent)
+        with pytest.raises(FileNotFoundError):
+            datasets.load_from_disk(path.parent)
+        write_page(path, *arguments)
+
+    def write_json(path: Path, content: Any) -> None:
+        written.extend(file.name for file in path.parent.iterdir())
+        write_manifest(path, content)
+
+    write_page, write_manifest = prepare_module.write_html, prepare_module.write_json
+    monkeypatch.setattr(prepare_module, "write_html", write_html)
+    monkeypatch.setattr(prepare_module, "write_json", write_json)
+    prepare([str(write_rows(tmp_path / "rows.jsonl", 50))], tmp_path / "out", tokenizer=tokenizer_folder)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*written, "prepare.json"} != set(written)
 
 
 def test_killed_at_any_moment_it_leaves_nothing_or_all(tmp_path: Path, tokenizer_folder: Path) -> None:

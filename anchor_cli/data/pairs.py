@@ -76,8 +76,11 @@ class PreparedPairs:
         Raises:
             InputError: `folder` was not made by `anchor prepare`, is of another layout version, or is damaged.
         """
-        folder = Path(folder)
-        manifest = _read_manifest(folder)
+        return cls.described(Path(folder), _read_manifest(Path(folder)))
+
+    @classmethod
+    def described(cls, folder: Path, manifest: dict[str, Any]) -> PreparedPairs:
+        """`open` with a manifest that is not in the folder yet. Raises InputError for files that are not as it says."""
         contract = read_contract(folder)
         batches = [batch for entry in manifest["files"] for batch in _read_shard(folder, entry)]
         pairs = cls(folder, manifest, contract, batches)

@@ -133,7 +133,6 @@ def prepare(
         leaks = _leak_folder(options, scratch)
         work = Work(str(tokenizer), contract, Limits(max_characters), leaks, near_duplicates)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
-        shutil.rmtree(scratch)
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -157,6 +156,7 @@ def _write_all(
         for prepared in in_order(tasks, work, 1 if small else num_proc):
             keeper.take(names.popleft(), prepared)
             bar.advance(prepared.num_in)
+    shutil.rmtree(scratch)
     return keeper.finish(out, sources, work, options)
 
 
@@ -194,7 +194,11 @@ class _Keeper:
         self._tally.num_left_out += prepared.num_left_out
 
     def finish(self, out: Path, sources: list[Source], work: Work, options: Options) -> PrepareSummary:
-        """Write the rest of the folder. Raises InputError when no row is left."""
+        """Write the rest of the folder, what makes it load last: killed between, it is whole or does not load.
+
+        Raises:
+            InputError: no row is left.
+        """
         self._rejected.close()
         tally = self._tally
         if tally.num_kept == 0:
@@ -217,8 +221,9 @@ class _Keeper:
             "counts": tally.as_dict(),
             "files": files,
         }
+        write_html(self._staged / REPORT_FILE, PreparedPairs.described(self._staged, manifest), work.tokenizer)
+        self._writer.describe(files, fingerprint)
         write_json(self._staged / MANIFEST, manifest)
-        write_html(self._staged / REPORT_FILE, PreparedPairs.open(self._staged), work.tokenizer)
         return summary
 
     def _reject(self, source: str, row: Rejected) -> None:

@@ -65,7 +65,7 @@ class _HashingFile:
 
 
 class ShardWriter:
-    """Writes tables of `SCHEMA` into `folder`; `finish` names the files and writes what `load_from_disk` needs."""
+    """Writes tables of `SCHEMA` into `folder`; `finish` names the files, `describe` is for `load_from_disk`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -105,7 +105,6 @@ class ShardWriter:
             files.append({"name": name, "bytes": file.num_bytes, "sha256": file.sha256})
         told = json.dumps([fingerprint_of, [file["sha256"] for file in files]])
         fingerprint = hashlib.sha256(told.encode()).hexdigest()
-        self._write_datasets_files(files, fingerprint)
         return files, fingerprint
 
     def _write_full_batches(self, last: bool = False) -> None:
@@ -144,7 +143,8 @@ class ShardWriter:
             self._files[-1].close()
             self._stream = None
 
-    def _write_datasets_files(self, files: list[dict[str, Any]], fingerprint: str) -> None:
+    def describe(self, files: list[dict[str, Any]], fingerprint: str) -> None:
+        """Write what `load_from_disk` needs; before, it does not load the folder. Both as `finish` returned them."""
         state: dict[str, Any] = {
             "_data_files": [{"filename": file["name"]} for file in files],
             "_fingerprint": fingerprint[:16],
