@@ -8,7 +8,7 @@ import pytest
 
 from anchor_cli.engine.budget import choose_budget, state_options
 from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.memory_model import StateOptions, largest_budget, training_memory
+from anchor_cli.engine.memory_model import LayerOptions, StateOptions, largest_budget, training_memory
 from anchor_cli.words.ds_config import load_ds_config
 from anchor_cli.words.spec import RunSpec
 
@@ -24,10 +24,10 @@ def spec(**keys: Any) -> RunSpec:
 def test_auto_checkpoints_only_where_memory_needs_it() -> None:
     large = choose_budget(spec(), SHAPE, TWO, 94 * GIB, 1024)
     assert (large.checkpointing, large.checkpointing_source) == (False, "auto: fits without")
-    assert large.tokens == largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False) >= 8192
+    assert large.tokens == largest_budget(SHAPE, TWO, LayerOptions(), 94 * GIB) >= 8192
     small = choose_budget(spec(), SHAPE, TWO, 24 * GIB, 1024)
     assert (small.checkpointing, small.checkpointing_source) == (True, "auto: memory needs it")
-    assert training_memory(SHAPE, TWO, small.tokens, checkpointing=True).total <= 0.9 * 24 * GIB
+    assert training_memory(SHAPE, TWO, LayerOptions(checkpointing=True), small.tokens).total <= 0.9 * 24 * GIB
 
 
 def test_the_spec_is_obeyed() -> None:
@@ -40,7 +40,7 @@ def test_the_spec_is_obeyed() -> None:
 
 
 def test_auto_checkpointing_looks_at_a_given_budget() -> None:
-    fits = largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False)
+    fits = largest_budget(SHAPE, TWO, LayerOptions(), 94 * GIB)
     assert not choose_budget(spec(max_tokens_per_micro_batch=fits), SHAPE, TWO, 94 * GIB, 1024).checkpointing
     assert choose_budget(spec(max_tokens_per_micro_batch=fits + 1), SHAPE, TWO, 94 * GIB, 1024).checkpointing
 
@@ -58,13 +58,13 @@ def test_liger_leaves_room_for_more_tokens() -> None:
 
 def test_the_kernel_that_will_run_is_counted() -> None:
     """One call a text keeps keys and values of all heads; fp32 has no flash kernel, whatever the spec asks for."""
-    want = largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False, kernel="sdpa")
-    assert want < largest_budget(SHAPE, TWO, 94 * GIB, checkpointing=False)
+    want = largest_budget(SHAPE, TWO, LayerOptions(kernel="sdpa"), 94 * GIB)
+    assert want < largest_budget(SHAPE, TWO, LayerOptions(), 94 * GIB)
     for told, kernel in ((spec(), "sdpa"), (spec(attn_implementation="sdpa"), None)):
         assert choose_budget(told, SHAPE, TWO, 94 * GIB, 1024, kernel=kernel).tokens == want
     fp32 = StateOptions(4, 4, 4, world_size=2)
     got = choose_budget(spec(precision="float32"), SHAPE, fp32, 94 * GIB, 1024).tokens
-    assert got == largest_budget(SHAPE, fp32, 94 * GIB, checkpointing=False, kernel="sdpa")
+    assert got == largest_budget(SHAPE, fp32, LayerOptions(kernel="sdpa"), 94 * GIB)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from anchor_cli.engine import memory_model
 from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.memory_model import StateOptions
+from anchor_cli.engine.memory_model import LayerOptions, StateOptions
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
@@ -44,9 +44,8 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
     got = sum(storage.nbytes() for storage in kept.values()) / 1200
     if checkpointing:
         got += 2 * 24 * dtype.itemsize  # cos and sin are held by the closure that recomputes, not as saved tensors
-    want = memory_model.activation_bytes_per_token(
-        ModelShape.from_config(WIDE), dtype.itemsize, checkpointing=checkpointing, kernel="sdpa"
-    )
+    layers = LayerOptions(checkpointing, kernel="sdpa")
+    want = memory_model.activation_bytes_per_token(ModelShape.from_config(WIDE), dtype.itemsize, layers)
     assert hidden.shape == (1200, 96)
     assert want == pytest.approx(got, rel=0.01)
 
@@ -54,7 +53,7 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
 def test_liger_saves_no_more_than_it_surely_fuses() -> None:
     """fp32 inputs of the two norms of a layer (4 h each) and silu(gate) (b f); not the norms of queries and keys."""
     shape = ModelShape.from_config(QWEN3_0_6B)
-    eager, fused = (memory_model.layer_bytes_per_token(shape, 2, liger=liger) for liger in (False, True))
+    eager, fused = (memory_model.layer_bytes_per_token(shape, 2, LayerOptions(liger=liger)) for liger in (False, True))
     assert eager - fused == 2 * 4 * 1024 + 2 * 3072
 
 
@@ -87,7 +86,7 @@ def test_fp32_keeps_no_second_copy_of_the_weights() -> None:
 
 def test_total_is_the_sum_of_the_parts_and_grows_with_tokens_alone() -> None:
     shape, options = ModelShape.from_config(QWEN3_0_6B), StateOptions(world_size=2)
-    small, large = (memory_model.training_memory(shape, options, t, checkpointing=False) for t in (8192, 16384))
+    small, large = (memory_model.training_memory(shape, options, LayerOptions(), t) for t in (8192, 16384))
     assert small.total == pytest.approx(
         small.weights + small.gradients + small.optimizer + small.buckets + small.activations + small.working
         + small.output_layer + small.context
@@ -98,7 +97,7 @@ def test_total_is_the_sum_of_the_parts_and_grows_with_tokens_alone() -> None:
 
 def test_largest_budget_is_the_last_that_fits() -> None:
     shape, options, gib = ModelShape.from_config(QWEN3_0_6B), StateOptions(world_size=2), 2**30
-    fits = memory_model.largest_budget(shape, options, 80 * gib, checkpointing=False)
-    needs = [memory_model.training_memory(shape, options, t, checkpointing=False).total for t in (fits, fits + 1024)]
+    fits = memory_model.largest_budget(shape, options, LayerOptions(), 80 * gib)
+    needs = [memory_model.training_memory(shape, options, LayerOptions(), t).total for t in (fits, fits + 1024)]
     assert needs[0] <= 0.9 * 80 * gib < needs[1]
-    assert memory_model.largest_budget(shape, options, 8 * gib, checkpointing=False) == 0
+    assert memory_model.largest_budget(shape, options, LayerOptions(), 8 * gib) == 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.memory_model import CPU_TOKENS, EFFICIENT_TOKENS, StateOptions, largest_budget
+from anchor_cli.engine.memory_model import CPU_TOKENS, EFFICIENT_TOKENS, LayerOptions, StateOptions, largest_budget
 from anchor_cli.words.spec import RunSpec
 
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed 0.19's reduce_bucket_size
@@ -51,7 +51,7 @@ def choose_budget(
     if kernel is None:
         kernel = expected_kernel(spec)
     fitting = {
-        recompute: largest_budget(shape, options, device_bytes, checkpointing=recompute, kernel=kernel, liger=liger)
+        recompute: largest_budget(shape, options, LayerOptions(recompute, kernel, liger), device_bytes)
         for recompute in (False, True)
     }
     if wish == "auto":

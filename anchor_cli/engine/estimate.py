@@ -17,7 +17,7 @@ from anchor_cli.engine import flops, memory_model
 from anchor_cli.engine.budget import choose_budget, expected_kernel, state_options
 from anchor_cli.engine.flops import ModelShape
 from anchor_cli.engine.hardware import Gpu
-from anchor_cli.engine.memory_model import Memory, StateOptions
+from anchor_cli.engine.memory_model import LayerOptions, Memory, StateOptions
 from anchor_cli.words import schedule
 from anchor_cli.words.errors import InputError
 from anchor_cli.words.spec import RunSpec
@@ -174,10 +174,8 @@ def estimate(
     cut = cut_of(spec, shape, options, hardware, row_lengths, steps, liger)
     memory = None
     if hardware.gpu is not None:
-        kernel = expected_kernel(spec)
-        memory = memory_model.training_memory(
-            shape, options, cut.heaviest_tokens, checkpointing=cut.gradient_checkpointing, kernel=kernel, liger=liger
-        )
+        layers = LayerOptions(cut.gradient_checkpointing, expected_kernel(spec), liger)
+        memory = memory_model.training_memory(shape, options, layers, cut.heaviest_tokens)
     return Estimate(
         parameters=shape.num_parameters,
         steps=steps,

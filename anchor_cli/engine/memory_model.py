@@ -42,6 +42,19 @@ class StateOptions:
 
 
 @dataclass(frozen=True)
+class LayerOptions:
+    """What decides the memory of activations.
+
+    `kernel`: `flash` (grouped heads) or `sdpa` (one call a text). Liger's norms of queries and keys are not counted on:
+    it fuses them in an existing Qwen3 from 0.8.5 on only (https://github.com/linkedin/Liger-Kernel/pull/1470).
+    """
+
+    checkpointing: bool = False
+    kernel: str = "flash"
+    liger: bool = False
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one device at the peak of a step, by part; `total` is their sum."""
 
@@ -59,38 +72,31 @@ class Memory:
         return float(sum(asdict(self).values()))
 
 
-def layer_bytes_per_token(shape: ModelShape, b: int, *, kernel: str = "flash", liger: bool = False) -> float:
-    """Bytes autograd keeps of one layer, per token. `kernel`: `flash` (grouped heads) or `sdpa` (one call a text).
-
-    Liger's norms of queries and keys are not counted on: it fuses them in an existing Qwen3 from 0.8.5 on only
-    (https://github.com/linkedin/Liger-Kernel/pull/1470).
-    """
+def layer_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
+    """Bytes autograd keeps of one layer whose forward pass is not recomputed, per token."""
     h, f = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    norms = 2 * ((2 * b if liger else 4 + 2 * b) * h + 4)  # eager: fp32 input, normed, output; Liger: input, output
+    # two norms: eager keeps the fp32 input, the normed and the output, Liger the input and the output
+    norms = 2 * ((2 * b if layers.liger else 4 + 2 * b) * h + 4)
     qk_norms = ((4 + b) * (q + kv) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
     attention = b * (q + 2 * kv + q)  # rotated q and k, v, output
-    if kernel == "sdpa":
+    if layers.kernel == "sdpa":
         attention = b * 5 * q  # k and v repeated to all heads; the texts' outputs and their concatenation
-    mlp = (3 if liger else 4) * b * f  # gate, up, product; eager also keeps silu(gate)
+    mlp = (3 if layers.liger else 4) * b * f  # gate, up, product; eager also keeps silu(gate)
     return norms + qk_norms + attention + 4 * shape.num_heads + mlp
 
 
-def activation_bytes_per_token(
-    shape: ModelShape, b: int, *, checkpointing: bool, kernel: str = "flash", liger: bool = False
-) -> float:
+def activation_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
     """Bytes kept by one pass over the model, per token; checkpointing keeps each layer's input only."""
-    layer = b * shape.hidden_size if checkpointing else layer_bytes_per_token(shape, b, kernel=kernel, liger=liger)
+    layer = b * shape.hidden_size if layers.checkpointing else layer_bytes_per_token(shape, b, layers)
     final_norm, rotary = (4 + b) * shape.hidden_size + 4, 2 * b * shape.head_dim
     return shape.num_layers * layer + final_norm + rotary + 8
 
 
-def working_bytes_per_token(
-    shape: ModelShape, b: int, *, checkpointing: bool, kernel: str = "flash", liger: bool = False
-) -> float:
+def working_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
     """Bytes a backward step holds besides: gradients inside one layer, and that layer again when it is recomputed."""
     gradients = 4 * b * (shape.intermediate_size + shape.hidden_size)  # assumption: the MLP's are the worst moment
-    return gradients + (layer_bytes_per_token(shape, b, kernel=kernel, liger=liger) if checkpointing else 0)
+    return gradients + (layer_bytes_per_token(shape, b, layers) if layers.checkpointing else 0)
 
 
 def output_layer_bytes(shape: ModelShape, b: int, chunk_bytes: int = LOGIT_CHUNK_BYTES) -> float:
@@ -112,12 +118,10 @@ def state_bytes(shape: ModelShape, options: StateOptions) -> tuple[float, float,
 
 def training_memory(
     shape: ModelShape,
-    options: StateOptions,
+    states: StateOptions,
+    layers: LayerOptions,
     tokens: int,
     *,
-    checkpointing: bool,
-    kernel: str = "flash",
-    liger: bool = False,
     chunk_bytes: int = LOGIT_CHUNK_BYTES,
     context: float = CONTEXT_BYTES,
 ) -> Memory:
@@ -126,10 +130,10 @@ def training_memory(
     The gradient of the (tied) embedding counts once in the working memory: the parts of it that the look-ups produce
     are dense (V, h) tensors. Output layer and backward do not peak together: the larger of the two counts.
     """
-    b = options.bytes_per_value
-    weights, gradients, optimizer, buckets = state_bytes(shape, options)
-    kept = activation_bytes_per_token(shape, b, checkpointing=checkpointing, kernel=kernel, liger=liger)
-    work = tokens * working_bytes_per_token(shape, b, checkpointing=checkpointing, kernel=kernel, liger=liger)
+    b = states.bytes_per_value
+    weights, gradients, optimizer, buckets = state_bytes(shape, states)
+    kept = activation_bytes_per_token(shape, b, layers)
+    work = tokens * working_bytes_per_token(shape, b, layers)
     work += 2 * b * shape.embedding_parameters  # its gradient so far and the next look-up's
     logits = output_layer_bytes(shape, b, chunk_bytes)
     return Memory(
@@ -137,21 +141,11 @@ def training_memory(
     )
 
 
-def largest_budget(
-    shape: ModelShape,
-    options: StateOptions,
-    device_bytes: float,
-    *,
-    checkpointing: bool,
-    kernel: str = "flash",
-    liger: bool = False,
-) -> int:
+def largest_budget(shape: ModelShape, states: StateOptions, layers: LayerOptions, device_bytes: float) -> int:
     """The largest budget, a multiple of 1,024 up to 65,536 tokens, whose peak fits in the usable memory; 0 if none."""
 
     def needs(tokens: int) -> float:
-        return training_memory(
-            shape, options, tokens, checkpointing=checkpointing, kernel=kernel, liger=liger
-        ).total
+        return training_memory(shape, states, layers, tokens).total
 
     fits = [t for t in range(TOKENS_STEP, LARGEST_BUDGET + 1, TOKENS_STEP) if needs(t) <= USABLE_SHARE * device_bytes]
     return max(fits, default=0)
