@@ -13,11 +13,11 @@ from importlib.util import find_spec
 
 from anchor_cli.engine.doctor import Check, Wishes
 from anchor_cli.engine.doctor_software import version_of
+from anchor_cli.words.kernels import INSTALL_FLASH_ATTN
 
 GIB = 1 << 30
 LITTLE_FREE = 0.9
 """Below this free share of a card somebody else is on it (assumption)."""
-_FLASH_ATTN = "pip install flash-attn --no-build-isolation"  # its build needs the torch that is installed
 
 
 def smi(*arguments: str) -> str | None:
@@ -158,9 +158,9 @@ def attention_kernel(wishes: Wishes) -> Iterator[Check]:
     if error > 0.05:  # bf16 keeps 8 bits: values up to 4 are off by up to 2^-7 x 4
         yield Check("attention kernel", "fail", said, "rebuild flash-attn, or attn_implementation: varlen")
     elif on_gpu and name == "sdpa":
-        yield Check("attention kernel", "warn", f"{said}: one call a text, slow on a GPU", _FLASH_ATTN)
+        yield Check("attention kernel", "warn", f"{said}: one call a text, slow on a GPU", INSTALL_FLASH_ATTN)
     elif asked and on_gpu:
-        yield Check("attention kernel", "warn", said, f"{_FLASH_ATTN}, or attn_implementation: auto")
+        yield Check("attention kernel", "warn", said, f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")
     else:
         yield Check("attention kernel", "ok", said)
 

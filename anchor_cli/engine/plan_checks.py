@@ -22,6 +22,7 @@ from anchor_cli.engine.setup import contract_for
 from anchor_cli.words.ds_config import resolve_ds_config
 from anchor_cli.words.errors import AnchorError, InputError
 from anchor_cli.words.files import free_bytes
+from anchor_cli.words.kernels import FLASH_MODULES, INSTALL_FLASH_ATTN
 from anchor_cli.words.spec import RunSpec
 
 GB = 1e9
@@ -127,15 +128,14 @@ def _deepspeed(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dic
 
 
 def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
-    modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
     wish = spec.attn_implementation
     if hardware.gpu is None:
         yield Check("attention", "ok", f"{wish}: SDPA text by text, as on every CPU")
     elif elsewhere:
         yield Check("attention", "ok", f"{wish} (kernels of the training host: anchor doctor SPEC there)")
-    elif wish in modules and find_spec(modules[wish]) is None:
-        yield Check("attention", "warn", f"{wish}: {modules[wish]} is not installed, torch's varlen attention will run",
-                    "pip install flash-attn --no-build-isolation, or attn_implementation: auto")  # fmt: skip
+    elif (module := FLASH_MODULES.get(wish)) and find_spec(module) is None:
+        yield Check("attention", "warn", f"{wish}: {module} is not installed, torch's varlen attention will run",
+                    f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")  # fmt: skip
     elif wish == "sdpa":
         yield Check("attention", "warn", "sdpa: one call a text, slow on a GPU", "attn_implementation: auto")
     else:

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 
 from anchor_cli.words.console import warn
 from anchor_cli.words.errors import InputError
+from anchor_cli.words.kernels import FLASH_MODULES
 
 PACKED_ATTENTION = "anchor_packed"
 
@@ -130,7 +131,6 @@ KERNELS: dict[str, Kernel] = {
     "sdpa": sdpa_kernel,
 }
 """Fastest first."""
-_MODULES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 
 
 def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -157,7 +157,7 @@ def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
         if name == "varlen":
             if importlib.util.find_spec("torch.nn.attention.varlen") is not None and capability[0] >= 8:
                 return name
-        elif name != "sdpa" and _works(_MODULES[name]):
+        elif name != "sdpa" and _works(FLASH_MODULES[name]):
             return name
     return "sdpa"
 
