@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,18 +18,14 @@ import psutil
 import pytest
 from faults.harness import environment, losses, write_spec, write_world
 
+from anchor_cli.engine.launch import free_port
+
 pytestmark = pytest.mark.slow
 PYTHON = sys.executable
 LAUNCHERS = ("anchor", "torchrun", "two torchruns", "deepspeed", "slurm")
 PATIENCE_S = 400.0
 """For a start on a loaded machine; a run that is told to end has `END_S`."""
 END_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def commands(launcher: str, spec: Path) -> list[tuple[list[str], dict[str, str]]]:

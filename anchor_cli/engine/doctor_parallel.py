@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.engine.doctor import Check, Wishes
+from anchor_cli.engine.launch import free_port
 
 ALL_REDUCE_TIMEOUT_S = 120.0
 GRADIENTS_TIMEOUT_S = 300.0
@@ -43,10 +43,8 @@ def run_workers(task: str, world_size: int, timeout_s: float, **arguments: str) 
         WorkerFailed: a rank left with an error, or they were not done after `timeout_s` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="anchor-doctor-") as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        base = {**os.environ, **meeting}
         base.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "anchor_cli.engine.doctor_worker", task, str(Path(folder, "answer.json"))]
         command += [f"{key}={value}" for key, value in arguments.items()]

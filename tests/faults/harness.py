@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
+from anchor_cli.engine.launch import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN_KEYS = ("step", "train/loss", "train/d2q_loss", "train/q2d_loss", "train/learning_rate", "train/grad_norm")
@@ -128,9 +129,7 @@ class ForkServer:
     ) -> Started:
         """Start `anchor arguments`; with `ranks` > 1 as that many workers, as torchrun would."""
         started = Started(self, [], [])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         for rank in range(ranks):
             log = folder / f"said-{time.monotonic_ns()}-{rank}.txt"
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
