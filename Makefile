@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 EXTRAS := dev,sentence-transformers,tensorboard,bm25,minhash
-PYTEST_FLAGS ?=
+# A file's tests stay together: they share started processes. `make test PYTEST_FLAGS=` runs one after the other.
+PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 # Without an NVIDIA driver torch comes from PyTorch's index of CPU builds (200 MB, not 3 GB), where that can be reached.
