@@ -82,9 +82,9 @@ def draw(runs: list[Run], folder: Path) -> None:
                 panel.plot(steps, means, marker=".", color=f"C{index}", label=start)
                 panel.fill_between(steps, means - halves, means + halves, color=f"C{index}", alpha=0.15, lw=0)
             num_seeds = len(summary[part]["seeds"])
-            panel.set(title=f"{part}: {title}", xlabel=f"{title} step", ylim=(0, highest(summary[part])))
+            panel.set(title=f"{part}: {title}", xlabel=f"{title} step")
         label = f"nDCG@10, mean of {num_seeds} seeds, 95 % interval" if num_seeds > 1 else "nDCG@10, one seed"
-        panels[0].set_ylabel(label)
+        panels[0].set(ylabel=label, ylim=(0, highest(summary[part])))  # both share it
         panels[1].legend(fontsize=8, loc="best")
         figure.savefig(folder / f"{part}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{part}.png", dpi=110, metadata={"Software": None})
