@@ -20,6 +20,7 @@ import pyarrow as pa
 from anchor_cli.data.text import Int32Array
 from anchor_cli.words.contract import TextContract, differences, read_contract
 from anchor_cli.words.errors import InputError
+from anchor_cli.words.files import writer_of
 
 MANIFEST = "prepare.json"
 FORMAT = 1
@@ -76,7 +77,8 @@ class PreparedPairs:
         Raises:
             InputError: `folder` was not made by `anchor prepare`, is of another layout version, or is damaged.
         """
-        return cls.described(Path(folder), _read_manifest(Path(folder)))
+        folder = Path(folder)
+        return cls.described(folder, _read_manifest(folder))
 
     @classmethod
     def described(cls, folder: Path, manifest: dict[str, Any]) -> PreparedPairs:
@@ -198,6 +200,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", _remedy(folder))
+    if writer_of(folder):  # even if every file is there: none of them was flushed to the disk for certain
+        raise InputError(f"{folder}: not whole: being prepared, or left by a prepare that was killed",
+                         "name the folder given as --out, when anchor prepare has ended")  # fmt: skip
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -7,7 +7,6 @@ on the number of processes, and memory not on the number of rows. The folder app
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
@@ -129,7 +128,9 @@ def prepare(
     if near_duplicates:
         require_library()
     told = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
-    with told, staged_folder(out) as staged, _scratch(staged) as scratch:
+    with told, staged_folder(out) as staged:
+        scratch = staged / "scratch"
+        scratch.mkdir()
         leaks = _leak_folder(options, scratch)
         work = Work(str(tokenizer), contract, Limits(max_characters), leaks, near_duplicates)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
@@ -346,10 +347,3 @@ def _clear_unfinished(out: Path) -> None:
             raise InputError(f"{out}: process {process} is preparing it", remedy)
         elif host:
             say(f"{left}: begun by process {process} of {host}; let alone, remove it if that is not running")
-
-
-@contextlib.contextmanager
-def _scratch(staged: Path) -> Iterator[Path]:
-    folder = staged / "scratch"
-    folder.mkdir()
-    yield folder
