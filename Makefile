@@ -29,11 +29,12 @@ test-all: lint  ## the slow tests and the container image, too
 	else echo "neither docker nor buildah is here: the image is not tested"; fi
 
 lint: $(INSTALLED)
+	$(BIN)/lint-imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 docs: $(INSTALLED)  ## the pages that are generated from the code
-	$(BIN)/python -m anchor_cli.words.spec_docs
+	$(BIN)/python -m anchor_cli.spec.docs
 	$(BIN)/python -m anchor_cli.commands.cli_docs
 
 # DeepSpeed is published as source only: its build wants setuptools and wheel, sees no torch, and so compiles nothing now.

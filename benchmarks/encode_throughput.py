@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from train_throughput import SHARED, machine, make_model  # noqa: E402
 
-from anchor_cli.engine.embedder import load_embedder  # noqa: E402
+from anchor_cli.evaluate.embedder import load_embedder  # noqa: E402
 
 TEMPLATE = "<|im_start|>user\n{text}<|im_end|>"
 
@@ -130,9 +130,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as scratch:
-        model = args.model or make_model(
-            Path(scratch), args.tokenizer, args.hidden, args.layers, args.full_size, dtype
-        )
+        model = args.model or make_model(Path(scratch), args.tokenizer, args.hidden, args.layers, args.full_size, dtype)
         ours: Any = load_embedder(model, batch_tokens=args.batch_tokens, device=device)
         theirs = library_model(model, 512, device, dtype)
         texts = mixes(beir, args.texts, args.seed)

@@ -57,7 +57,11 @@ class Collator:
         parts = [record.split(SEPARATOR, 1) for record in records]
         texts = [TEMPLATE.format(text=(before + content).strip()) for before, content in parts]
         batch = self.tokenizer(
-            texts, add_special_tokens=False, truncation=True, max_length=self.max_seq_length, padding=True,
+            texts,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=self.max_seq_length,
+            padding=True,
             return_tensors="pt",
         )
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -101,8 +105,14 @@ class PaddedTrainer:
     """Model, collator and optimizer; `step` is one optimizer update on one padded batch."""
 
     def __init__(
-        self, model_folder: str | Path, *, max_seq_length: int = 512, device: str = "cpu",
-        dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", gradient_checkpointing: bool = True,
+        self,
+        model_folder: str | Path,
+        *,
+        max_seq_length: int = 512,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = True,
         learning_rate: float = 4e-5,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

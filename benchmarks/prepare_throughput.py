@@ -29,9 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.data.prepare import prepare
+from anchor_cli.base.contract import INSTRUCTION_KO
+from anchor_cli.data.prepare.prepare import prepare
 from anchor_cli.data.text import load_tokenizer
-from anchor_cli.words.contract import INSTRUCTION_KO
 
 _CHUNK = 512
 

@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from anchor_cli.data.plan import make_plan  # noqa: E402
+from anchor_cli.data.batches import make_plan  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 PEAK = "VmHWM"

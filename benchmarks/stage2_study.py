@@ -30,20 +30,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from anchor_cli.data.benchmarks import load_benchmarks
+from anchor_cli.data.batches import epoch_order, make_plan
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.plan import epoch_order, make_plan
-from anchor_cli.data.prepare import prepare
+from anchor_cli.data.prepare.prepare import prepare
 from anchor_cli.data.text import load_tokenizer
-from anchor_cli.data.world import make_world, write_world
-from anchor_cli.engine.demo import INSTRUCTIONS, Recipe, make_model
-from anchor_cli.engine.embedder import PackedEmbedder
-from anchor_cli.engine.evaluate import evaluate
-from anchor_cli.engine.feed import Feed
+from anchor_cli.demo.demo import INSTRUCTIONS, Recipe, make_model
+from anchor_cli.demo.world import make_world, write_world
+from anchor_cli.evaluate.embedder import PackedEmbedder
+from anchor_cli.evaluate.evaluate import evaluate
 from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
-from anchor_cli.words.schedule import learning_rate
+from anchor_cli.spec.schedule import learning_rate
+from anchor_cli.train.feed import Feed
 
 DOCS = Path(__file__).parents[1] / "docs" / "stage2"
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def pairs_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Be
     """
     from datasets import load_from_disk
 
-    from anchor_cli.data.small_tokenizer import train_text_tokenizer, write_small_tokenizer
+    from anchor_cli.demo.tokenizer import train_text_tokenizer, write_small_tokenizer
 
     benchmark = load_benchmarks([f"ko:{shared / 'data' / 'beir' / 'welfare-ko'}"])[0]
     asked = sorted(benchmark.qrels)

@@ -9,7 +9,7 @@ baseline's batch is one padded rectangle a side; anchor deals the same rows out 
 tokens.
 
 Printed and written as JSON (`--json FILE`): pairs/s, tokens/s (useful tokens, each counted once), model FLOP/s and MFU
-(anchor_cli/engine/flops.py: useful work only), the ratio of the sides, the ratio that arithmetic allows (FLOPs the
+(anchor_cli/plan/flops.py: useful work only), the ratio of the sides, the ratio that arithmetic allows (FLOPs the
 baseline does over FLOPs the objective needs), peak memory of each side in a process of its own, and the relative
 difference of the two losses on the first rows (they optimise the same objective, so it must be rounding).
 
@@ -38,13 +38,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from padded_baseline import INSTRUCTION, TEMPLATE, PaddedTrainer, Row, read_rows  # noqa: E402
 
-from anchor_cli.data.plan import deal  # noqa: E402
+from anchor_cli.data.batches import deal  # noqa: E402
 from anchor_cli.data.text import TextEncoder, TokenisedText, load_tokenizer  # noqa: E402
-from anchor_cli.engine import flops  # noqa: E402
 from anchor_cli.model.attention import choose_kernel  # noqa: E402
 from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone  # noqa: E402
 from anchor_cli.model.packed import PairBatch, pack_pairs  # noqa: E402
 from anchor_cli.model.reconstruction import ReconstructionModel  # noqa: E402
+from anchor_cli.plan import flops  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 QWEN3_0_6B = {
@@ -99,7 +99,7 @@ class PackedTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-5, weight_decay=0.0, fused=True)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[PairBatch]:
-        """The rows dealt out to the fewest micro-batches within the budget, as `data/plan.py` does for a run."""
+        """The rows dealt out to the fewest micro-batches within the budget, as `data/batches.py` does for a run."""
         lengths = np.array([[len(q.ids) + len(d.ids) for q, d in pairs]])
         count = max(1, -(-int(lengths.sum()) // self.budget))
         bins, loads = deal(lengths, count)
@@ -231,9 +231,7 @@ def _text(ids: list[int]) -> TokenisedText:
     return TokenisedText(np.array(ids, dtype=np.int32), 0, len(ids))
 
 
-def compare(
-    setting: Setting, variant: Variant, steps: list[list[Row]], repeats: int, peak: float
-) -> dict[str, Any]:
+def compare(setting: Setting, variant: Variant, steps: list[list[Row]], repeats: int, peak: float) -> dict[str, Any]:
     """Time both sides on every step's rows, `repeats` times, taking turns; the first round is a warm-up."""
     theirs, ours = baseline(setting), PackedTrainer(setting.model, variant, setting.device, setting.dtype)
     pairs = [tokenise(setting.model, rows, setting.max_seq_length) for rows in steps]
@@ -362,9 +360,7 @@ def main() -> None:
     )
     base = Variant(budget=args.budget or (16384 if device.type == "cuda" else 4096))
     with tempfile.TemporaryDirectory() as scratch:
-        model = args.model or make_model(
-            Path(scratch), args.tokenizer, args.hidden, args.layers, args.full_size, dtype
-        )
+        model = args.model or make_model(Path(scratch), args.tokenizer, args.hidden, args.layers, args.full_size, dtype)
         setting = Setting(model, args.max_seq_length, device, dtype, attention)
         if args.memory_of:
             variant = Variant(**json.loads(args.variant_json))
@@ -379,7 +375,10 @@ def main() -> None:
 
 
 def run_all(
-    args: argparse.Namespace, setting: Setting, groups: dict[Path, list[list[Row]]], variants: list[Variant],
+    args: argparse.Namespace,
+    setting: Setting,
+    groups: dict[Path, list[list[Row]]],
+    variants: list[Variant],
     scratch: Path,
 ) -> None:
     peak = peak_flops(setting.device, args.peak_tflops)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from anchor_cli.data.small_tokenizer import train_small_tokenizer
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.data.text import load_tokenizer
-from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO
+from anchor_cli.demo.tokenizer import train_small_tokenizer
 
 SHARED_FOLDER = Path(os.environ.get("ANCHOR_SHARED", Path(__file__).parents[2] / "shared"))
 needs_shared = pytest.mark.skipif(not (SHARED_FOLDER / "data").is_dir(), reason=f"{SHARED_FOLDER}/data is absent")

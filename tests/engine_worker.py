@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchor_cli.engine.deepspeed_engine import Ranks, build_engine, quiet_deepspeed, start_processes, train_step
 from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
-from anchor_cli.words.ds_config import load_ds_config, resolve_ds_config
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.processes.ranks import Ranks
+from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
+from anchor_cli.spec.spec import RunSpec
+from anchor_cli.train.deepspeed import build_engine, quiet_deepspeed, start_processes, train_step
 
 CONFIGS = ("zero2_fp32", "zero2_bf16", "zero1_bf16", "zero3_bf16", "zero2_offload_bf16")
 CUT = ((0, 2), (2, 6), (6, 7), (7, 12))  # rows of the four micro-batches: two a rank, of unlike size

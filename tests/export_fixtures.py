@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, write_contract
 from anchor_cli.data.text import eos_of, load_tokenizer, tokenizer_fingerprint
-from anchor_cli.engine.checkpoint import commit
-from anchor_cli.words.contract import TEXT_TEMPLATE, TextContract, write_contract
+from anchor_cli.train.saving import commit
 
 PIECES = (
     "수달은 어디에 사나요? 서소문본관 합동소방훈련 한글 \u1112\u1161\u11ab the otter lives in a river, doesn't it? "

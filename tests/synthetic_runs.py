@@ -131,6 +131,7 @@ def _spec(name: str) -> dict[str, Any]:
 
 def _manifest(rng: random.Random) -> dict[str, Any]:
     """As `anchor prepare` writes it (format 1), its counts as of some 1.8 million pairs."""
+
     def bins(width: int, num: int, peak: float) -> list[list[int]]:
         made = []
         for place in range(num):

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from anchor_cli.base.errors import InputError
 from anchor_cli.model import attention, backbone
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
-from anchor_cli.words.errors import InputError
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -177,9 +177,7 @@ def test_a_flash_package_that_works_is_taken(
     assert choose_kernel("auto", hopper, torch.bfloat16) == "flash_attention_2"
 
 
-def test_liger_fits_the_models_it_is_applied_to(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_liger_fits_the_models_it_is_applied_to(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "_liger", lambda: print)
     assert backbone.liger_fits(model)
     change(model, model_type="olmo3")

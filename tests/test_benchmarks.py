@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from anchor_cli.data import benchmarks as module
-from anchor_cli.data import nanobeir
-from anchor_cli.data.beir import language_of
-from anchor_cli.data.benchmarks import load_benchmarks, snapshot_nanobeir
-from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.base import hub
+from anchor_cli.base.errors import InputError, RunError
+from anchor_cli.data.benchmarks import benchmarks as module
+from anchor_cli.data.benchmarks import nanobeir
+from anchor_cli.data.benchmarks.beir import language_of
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
 
 CORPUS = [
     {"_id": "d1", "title": "수달", "text": "강에 산다"},
@@ -266,7 +267,7 @@ def test_without_a_network_the_failing_set_is_named(monkeypatch: pytest.MonkeyPa
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(nanobeir, "_revisions", {"sionic-ai/NanoBEIR-ko": None})
+    monkeypatch.setattr(hub, "_revisions", {"sionic-ai/NanoBEIR-ko": None})
     before = datasets.config.HF_HUB_OFFLINE
     with pytest.raises(RunError, match="sionic-ai/NanoBEIR-ko queries/NanoMSMARCO: could not be loaded") as caught:
         load_benchmarks(["nanobeir"])

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.engine.budget import choose_budget, state_options
-from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.memory_model import LayerOptions, StateOptions, largest_budget, training_memory
-from anchor_cli.words.ds_config import load_ds_config
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.plan.budget import choose_budget, state_options
+from anchor_cli.plan.flops import ModelShape
+from anchor_cli.plan.memory import LayerOptions, StateOptions, largest_budget, training_memory
+from anchor_cli.spec.deepspeed import load_ds_config
+from anchor_cli.spec.spec import RunSpec
 
 SHAPE = ModelShape(1024, 3072, 28, 16, 8, 128, 151936, True, True, False)
 TWO = StateOptions(2, 4, 4, world_size=2, bucket=200_000_000)

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from anchor_cli.base.errors import InputError, RunError
+from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10
 from anchor_cli.commands.cli import run as anchor
-from anchor_cli.engine import launch, watchdog
-from anchor_cli.engine.checkpoint import commit
-from anchor_cli.engine.metrics_log import Appender, MetricsLog
-from anchor_cli.words.errors import InputError, RunError
-from anchor_cli.words.metric_names import EVAL_AVG_NDCG_10
+from anchor_cli.processes import launch, watchdog
+from anchor_cli.train.metrics_log import Appender, MetricsLog
+from anchor_cli.train.saving import commit
 
 
 @pytest.fixture()
@@ -120,7 +120,7 @@ def test_a_resumed_log_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
-    from anchor_cli.engine.report_data import read_run
+    from anchor_cli.report.read import read_run
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "events.jsonl").write_text('{"time": 1.0, "step": 0, "event": "start"}\n{"time": 2.0, "st')
@@ -135,7 +135,7 @@ def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
 
 def test_tensorboard_hides_the_steps_that_are_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Event files of a run killed at step 3 and resumed at 2: TensorBoard itself reads each step once."""
-    from anchor_cli.engine.metrics_log import TensorboardTracker
+    from anchor_cli.train.metrics_log import TensorboardTracker
 
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
@@ -151,7 +151,7 @@ def test_tensorboard_hides_the_steps_that_are_trained_again(tmp_path: Path, monk
 def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from anchor_cli.engine import train
+    from anchor_cli.train import loop as train
 
     def fail(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "checkpoint-1")
@@ -169,8 +169,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
 
 
 def test_a_run_is_not_stopped_before_where_it_is() -> None:
-    from anchor_cli.engine.run import refuse_to_stop_before
-    from anchor_cli.words.spec import RunSpec
+    from anchor_cli.spec.spec import RunSpec
+    from anchor_cli.train.run import refuse_to_stop_before
 
     spec = RunSpec(model_name_or_path="m", dataset_file_path="d", stop_after_n_steps=4)
     refuse_to_stop_before(spec, Path("checkpoint-4"), 4)
@@ -179,8 +179,8 @@ def test_a_run_is_not_stopped_before_where_it_is() -> None:
 
 
 def test_replay_takes_the_runs_own_deepspeed_config(tmp_path: Path) -> None:
-    from anchor_cli.engine.replay import with_ds_config_for_one
-    from anchor_cli.words.spec import RunSpec
+    from anchor_cli.spec.spec import RunSpec
+    from anchor_cli.train.replay import with_ds_config_for_one
 
     beside_the_spec = RunSpec(model_name_or_path="m", dataset_file_path="d", deepspeed="ours.json")
     for stage, want in ((2, str(tmp_path / "ds_config.json")), (3, "zero2_bf16")):
@@ -194,7 +194,7 @@ def test_replay_takes_the_runs_own_deepspeed_config(tmp_path: Path) -> None:
 def test_more_processes_than_gpus_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from anchor_cli.engine.deepspeed_engine import start_processes
+    from anchor_cli.train.deepspeed import start_processes
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -204,7 +204,7 @@ def test_more_processes_than_gpus_is_said_with_a_remedy(monkeypatch: pytest.Monk
 
 
 def test_a_panel_whose_terminal_is_gone_does_not_fail_the_run() -> None:
-    from anchor_cli.engine.watch import Watch
+    from anchor_cli.train.watch import Watch
 
     def gone() -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -216,7 +216,7 @@ def test_a_panel_whose_terminal_is_gone_does_not_fail_the_run() -> None:
 
 
 def test_a_tracker_that_never_ends_costs_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    from anchor_cli.engine.metrics_log import _close_within
+    from anchor_cli.train.metrics_log import _close_within
 
     class Hanging:
         name = "wandb"
@@ -278,7 +278,7 @@ def test_starting_again_is_advised_only_where_it_helps() -> None:
 def test_a_full_gpu_is_the_ranks_own_failure_with_its_own_remedy(tmp_path: Path) -> None:
     import torch
 
-    from anchor_cli.engine import worker
+    from anchor_cli.train import worker
 
     spec, dog = SimpleNamespace(run_folder=tmp_path), SimpleNamespace(stop=lambda: None)
     with (

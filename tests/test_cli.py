@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from anchor_cli import __version__
+from anchor_cli.base import console
+from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped, nearest
 from anchor_cli.commands import cli
-from anchor_cli.words import console
-from anchor_cli.words.errors import AnchorError, InputError, RunError, Stopped, nearest
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = [name for names in cli.COMMANDS.values() for name in names]
@@ -81,7 +81,7 @@ def test_failures_become_words(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("anchor_cli.words.spec_reading.read_spec", fail)
+    monkeypatch.setattr("anchor_cli.spec.load.read_spec", fail)
     monkeypatch.delenv("ANCHOR_DEBUG", raising=False)
     assert cli.run(["spec", "x.json"]) == code
     said = capsys.readouterr().err
@@ -266,7 +266,7 @@ def test_a_wheel_brings_its_configs_and_schema(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
     script = (
-        "from anchor_cli.words.ds_config import configs_folder, load_ds_config\n"
+        "from anchor_cli.spec.deepspeed import configs_folder, load_ds_config\n"
         "from anchor_cli.commands.cli import run\n"
         "load_ds_config('zero2_bf16', '/nowhere')\n"
         "print(configs_folder(), run(['init', 'a.json', '--data', 'x']))"

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from export_fixtures import make_checkpoint, make_contract
 
+from anchor_cli.base.contract import read_contract, write_contract
+from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import load_tokenizer, tokenizer_fingerprint
-from anchor_cli.engine import checkpoint as ckpt
-from anchor_cli.engine import setup
-from anchor_cli.engine.embedder import contract_of, load_embedder
-from anchor_cli.engine.export_files import prompts
-from anchor_cli.engine.export_tokenizer import write_tokenizer
-from anchor_cli.words.contract import read_contract, write_contract
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.data.training_set import contract_for
+from anchor_cli.evaluate.embedder import contract_of, load_embedder
+from anchor_cli.export.files import prompts
+from anchor_cli.export.tokenizer import write_tokenizer
+from anchor_cli.spec.spec import RunSpec
+from anchor_cli.train import saving as ckpt
 
 
 def spec_of(model: Path, **changes: Any) -> RunSpec:
@@ -26,7 +26,7 @@ def spec_of(model: Path, **changes: Any) -> RunSpec:
 
 def test_a_run_may_begin_from_a_checkpoint_of_the_same_contract(small_model: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 1, small_model, make_contract(small_model))
-    assert setup.contract_for(spec_of(checkpoint, max_seq_length=96)).max_seq_length == 96, "length is free"
+    assert contract_for(spec_of(checkpoint, max_seq_length=96)).max_seq_length == 96, "length is free"
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_a_run_that_treats_texts_otherwise_than_its_model_is_refused(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path, 1, small_model, make_contract(small_model))
     with pytest.raises(InputError) as caught:
-        setup.contract_for(spec_of(checkpoint, **changes))
+        contract_for(spec_of(checkpoint, **changes))
     assert "was trained under another text contract" in caught.value.message and said in caught.value.message
     assert "put the first value into the spec" in (caught.value.hint or "")
-    assert setup.contract_for(spec_of(small_model, **changes)), "a model without anchor.json promises nothing"
+    assert contract_for(spec_of(small_model, **changes)), "a model without anchor.json promises nothing"
 
 
 def test_a_changed_tokenizer_is_refused_by_training_and_by_evaluation(small_model: Path, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_changed_tokenizer_is_refused_by_training_and_by_evaluation(small_mode
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "NFKC"}
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for action in (lambda: setup.contract_for(spec_of(checkpoint)), lambda: load_embedder(checkpoint)):
+    for action in (lambda: contract_for(spec_of(checkpoint)), lambda: load_embedder(checkpoint)):
         with pytest.raises(InputError) as caught:
             action()
         assert "tokenizer" in caught.value.message and "tokenizer.json" in (caught.value.hint or "")
@@ -73,7 +73,7 @@ def test_an_export_is_under_the_contract_of_its_checkpoint(small_model: Path, tm
     write_tokenizer(small_model, export, contract)
     write_contract(export, contract)
     assert contract_of(export, load_tokenizer(export)) == read_contract(export) == contract
-    assert setup.contract_for(spec_of(export)).tokenizer_fingerprint == contract.tokenizer_fingerprint
+    assert contract_for(spec_of(export)).tokenizer_fingerprint == contract.tokenizer_fingerprint
     ckpt.copy_tokenizer(str(export), run)
     assert (run / "tokenizer.json").read_bytes() == (small_model / "tokenizer.json").read_bytes()
 
@@ -99,7 +99,7 @@ def test_a_config_of_another_checkpoint_is_refused(
 def test_one_instruction_for_all_is_that_of_every_prompt(small_model: Path) -> None:
     """`*` replaces the built-in instructions in evaluation and export, as it does in training."""
     spec = spec_of(small_model, instructions={"*": "찾기"})
-    contract = setup.contract_for(spec)
+    contract = contract_for(spec)
     assert contract.instructions == contract.training_instructions == {"*": "찾기"}
     want = "<|im_start|>user\n찾기; "
     assert {key: value for key, value in prompts(contract).items() if key != "document"} == dict.fromkeys(

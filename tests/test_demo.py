@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.demo import next_commands
-from anchor_cli.engine.demo import Outcome, Recipe, run_demo
-from anchor_cli.words.errors import InputError
+from anchor_cli.demo.demo import Outcome, Recipe, run_demo
 
 
 def anchor(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:

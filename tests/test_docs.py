@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.spec.spec import RunSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from anchor_cli.engine import doctor, doctor_gpu, doctor_host, doctor_parallel, doctor_software
-from anchor_cli.engine.deepspeed_versions import TESTED as TESTED_DEEPSPEED
-from anchor_cli.engine.deepspeed_versions import refused_deepspeed
-from anchor_cli.engine.doctor import Check, Probe, Wishes
+from anchor_cli.base.check import Check
+from anchor_cli.doctor import doctor
+from anchor_cli.doctor import gpu as doctor_gpu
+from anchor_cli.doctor import host as doctor_host
+from anchor_cli.doctor import parallel as doctor_parallel
+from anchor_cli.doctor import software as doctor_software
+from anchor_cli.doctor.doctor import Probe
+from anchor_cli.doctor.needs import Wishes, wishes_of
+from anchor_cli.train.deepspeed_versions import TESTED as TESTED_DEEPSPEED
+from anchor_cli.train.deepspeed_versions import refused_deepspeed
 
 ROOT = Path(__file__).parents[1]
 KURE = ROOT / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
@@ -226,10 +232,10 @@ def test_links_are_those_of_the_gpus_that_are_visible(monkeypatch: pytest.Monkey
 
 
 def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anchor_cli.words.spec import RunSpec
+    from anchor_cli.spec.spec import RunSpec
 
     spec = RunSpec(model_name_or_path="m", dataset_file_path="d", output_dir="~/runs")
-    assert doctor.wishes_of(spec).output_dir == Path.home() / "runs"
+    assert wishes_of(spec).output_dir == Path.home() / "runs"
 
 
 def test_attention_kernel_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +291,7 @@ def test_gradients_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'gradients' in sys.orig_argv:\n"
-        "    from anchor_cli.engine import deepspeed_engine as e\n"
+        "    from anchor_cli.train import deepspeed as e\n"
         "    build = e.build_engine\n"
         "    def broken(*a):\n"
         "        engine, optimizer = build(*a)\n"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.words import ds_config
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.base.errors import InputError
+from anchor_cli.spec import deepspeed as ds_config
+from anchor_cli.spec.spec import RunSpec
 
 SHIPPED = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from test_benchmarks import write_nano
 
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
-from anchor_cli.data.benchmarks import load_benchmarks, snapshot_nanobeir
-from anchor_cli.engine import estimate, flops
-from anchor_cli.engine.estimate import Hardware, Rows, Throughput
-from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.hardware import GPUS, gpu_named, gpu_of_device_name, local_gpus
-from anchor_cli.engine.memory_model import StateOptions
-from anchor_cli.engine.plan_checks import examine
-from anchor_cli.engine.plan_inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
+from anchor_cli.plan import estimate, flops
+from anchor_cli.plan.checks import examine
+from anchor_cli.plan.estimate import Hardware, Rows, Throughput
+from anchor_cli.plan.flops import ModelShape
+from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name, local_gpus
+from anchor_cli.plan.inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
+from anchor_cli.plan.memory import StateOptions
+from anchor_cli.spec.spec import RunSpec
 
 SHAPE = ModelShape.from_config(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"])
 KURE = "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
@@ -130,7 +130,7 @@ def test_gpu_names() -> None:
 def test_gpus_are_counted_by_their_files_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("anchor_cli.engine.hardware.DEVICES", tmp_path)
+    monkeypatch.setattr("anchor_cli.plan.hardware.DEVICES", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert len(local_gpus()) == 2
@@ -171,9 +171,9 @@ def test_plan_and_train_count_the_same_gpus(
     planned = hardware_of(None, None)
     assert (planned.num_gpus, planned.gpu is not None) == (max(1, len(want)), bool(want))
     started: list[int] = []
-    monkeypatch.setattr("anchor_cli.engine.signals.StopFlag.install", lambda flag: None)
-    monkeypatch.setattr("anchor_cli.engine.launch.launch", lambda arguments, num, *rest: started.append(num))
-    monkeypatch.setattr("anchor_cli.engine.worker.work", lambda *arguments: started.append(1))
+    monkeypatch.setattr("anchor_cli.processes.signals.StopFlag.install", lambda flag: None)
+    monkeypatch.setattr("anchor_cli.processes.launch.launch", lambda arguments, num, *rest: started.append(num))
+    monkeypatch.setattr("anchor_cli.train.worker.work", lambda *arguments: started.append(1))
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     assert run(["train", str(ROOT / KURE)]) == 0
@@ -232,8 +232,8 @@ def test_a_known_model_and_no_data_ask_no_hub(monkeypatch: pytest.MonkeyPatch, t
     def ask(*_: object) -> None:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr("anchor_cli.engine.plan_inputs._from_hub", ask)
-    monkeypatch.setattr("anchor_cli.engine.hub.answers", ask)
+    monkeypatch.setattr("anchor_cli.plan.inputs._from_hub", ask)
+    monkeypatch.setattr("anchor_cli.base.hub.answers", ask)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     known = "Qwen/Qwen3-0.6B"
     assert shape_of(known)[0] == SHAPE
@@ -243,7 +243,7 @@ def test_a_known_model_and_no_data_ask_no_hub(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_lengths_of_raw_rows_equal_those_of_prepare(small_model: Path, tmp_path: Path) -> None:
-    from anchor_cli.data.prepare import prepare
+    from anchor_cli.data.prepare.prepare import prepare
 
     raw = tmp_path / "raw.jsonl"
     pairs = [(f"Where do otters live {i}?", "Otters live in rivers. " * (i % 7 + 1)) for i in range(60)]

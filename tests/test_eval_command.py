@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from anchor_cli.base.runs import remember_run
 from anchor_cli.commands.cli import run
-from anchor_cli.words.run_folder import remember_run
 
 TEXTS = {
     "d1": "수달은 강과 바다에 사는 동물이다",
@@ -35,7 +35,7 @@ def beir(tmp_path: Path) -> Path:
 def test_one_model_as_json(
     small_model: Path, beir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anchor_cli.engine import evaluate
+    from anchor_cli.evaluate import evaluate
 
     asked: list[str] = []
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from test_benchmarks import write_nano
 
+from anchor_cli.base.contract import write_contract
 from anchor_cli.commands.cli import run
-from anchor_cli.data.benchmarks import load_benchmarks
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.text import load_tokenizer
-from anchor_cli.engine.embedder import contract_of
-from anchor_cli.words.contract import write_contract
+from anchor_cli.evaluate.embedder import contract_of
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 evaluation = pytest.importorskip("sentence_transformers.evaluation")

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchor_cli.data.beir import Benchmark
-from anchor_cli.engine.comparison import ModelResult, collapsed, details, document, labels, show
-from anchor_cli.engine.evaluate import bm25_tokens, evaluate, evaluate_bm25, evaluate_one, logged
-from anchor_cli.engine.evaluation_files import cut, trec_run, worst_lines, worst_queries, write_files
+from anchor_cli.data.benchmarks.beir import Benchmark
+from anchor_cli.evaluate.compare import ModelResult, collapsed, details, document, labels, show
+from anchor_cli.evaluate.evaluate import bm25_tokens, evaluate, evaluate_bm25, evaluate_one, logged
+from anchor_cli.evaluate.files import cut, trec_run, worst_lines, worst_queries, write_files
 
 METRICS = ["ndcg@10", "mrr@10", "recall@10", "recall@100", "map@10"]
 
@@ -124,7 +124,7 @@ def test_texts_are_encoded_once_and_longest_first() -> None:
 def test_it_searches_where_it_is_told(device: str | None, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from anchor_cli.engine import evaluate as module
+    from anchor_cli.evaluate import evaluate as module
 
     asked: list[str] = []
 
@@ -172,7 +172,7 @@ def test_alignment_is_over_the_relevant_documents_that_exist() -> None:
 def test_a_real_model_twice_gives_the_same_and_leaves_the_random_state(small_model: Path) -> None:
     import torch
 
-    from anchor_cli.engine.embedder import load_embedder
+    from anchor_cli.evaluate.embedder import load_embedder
 
     benchmark, _ = a_benchmark(grades=[1])
     benchmark.corpus["blank"] = "  "  # kept by sentence-transformers, so it must be encodable
@@ -260,7 +260,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_best_is_bold() -> None:
     from rich.console import Console
 
-    from anchor_cli.engine.comparison import _comparison_table
+    from anchor_cli.evaluate.compare import _comparison_table
 
     out = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=120)
     both = results()
@@ -325,9 +325,9 @@ def test_korean_text_is_cut_by_its_width() -> None:
 RANK = """
 import json, sys
 import torch.distributed as dist
-from anchor_cli.data.benchmarks import load_benchmarks
-from anchor_cli.engine.embedder import load_embedder
-from anchor_cli.engine.evaluate import evaluate
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.evaluate.embedder import load_embedder
+from anchor_cli.evaluate.evaluate import evaluate
 rank, world, (meeting, model, data) = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
 embedder = load_embedder(model, device="cpu", batch_tokens=100)

@@ -17,15 +17,17 @@ import pytest
 import torch
 from export_fixtures import log_scores, make_checkpoint, make_contract, random_texts
 
+from anchor_cli.base.errors import InputError, RunError
+from anchor_cli.base.files import staged_folder, sweep_staged, this_host
+from anchor_cli.base.runs import remember_run
 from anchor_cli.commands.cli import run as anchor
-from anchor_cli.engine import certificate, certificate_texts, export_files
-from anchor_cli.engine import export as exporting
-from anchor_cli.engine.certificate import _Encoded, compare, examine
-from anchor_cli.engine.embedder import PackedEmbedder, load_embedder
-from anchor_cli.engine.export import Export, export
-from anchor_cli.words.errors import InputError, RunError
-from anchor_cli.words.files import staged_folder, sweep_staged, this_host
-from anchor_cli.words.run_folder import remember_run
+from anchor_cli.evaluate.embedder import PackedEmbedder, load_embedder
+from anchor_cli.export import certificate_texts
+from anchor_cli.export import certify as certificate
+from anchor_cli.export import export as exporting
+from anchor_cli.export import files as export_files
+from anchor_cli.export.certify import _Encoded, compare, examine
+from anchor_cli.export.export import Export, export
 
 REPOSITORY = Path(__file__).parents[1]
 PASSED = {
@@ -217,7 +219,7 @@ def test_a_folder_that_gives_other_vectors_is_not_exported(
 def test_a_tokenizer_that_does_not_close_texts_is_not_exported(
     run: Path, certified_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anchor_cli.engine import export_tokenizer
+    from anchor_cli.export import tokenizer as export_tokenizer
 
     monkeypatch.setattr(export_tokenizer, "_closing_processor", lambda original, contract: original)
     with nothing_left(run), pytest.raises(RunError, match=r"makes other token ids of \d+ of \d+ texts"):

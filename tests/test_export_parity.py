@@ -14,11 +14,11 @@ import pytest
 import torch
 from export_fixtures import make_checkpoint, make_contract, random_texts, texts_around_limit
 
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, read_contract
 from anchor_cli.data.text import TextEncoder, load_tokenizer
-from anchor_cli.engine import export as exporting
-from anchor_cli.engine.embedder import PackedEmbedder, load_embedder
-from anchor_cli.engine.export import export
-from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO, read_contract
+from anchor_cli.evaluate.embedder import PackedEmbedder, load_embedder
+from anchor_cli.export import export as exporting
+from anchor_cli.export.export import export
 
 KINDS = (("document", None), ("query_ko", INSTRUCTION_KO), ("query_en", INSTRUCTION_EN))
 HEAD = "<|im_start|>user\n"
@@ -93,7 +93,5 @@ def test_150_texts(small_model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_1000_texts_with_the_real_vocabulary(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_1000_texts_with_the_real_vocabulary(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_parity(export_of(tiny_model, tmp_path, 128, monkeypatch), 1000)

@@ -10,10 +10,10 @@ from data_fixtures import AWKWARD
 from export_fixtures import PIECES, make_contract, random_texts, texts_around_limit
 from tokenizers import Tokenizer
 
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, TextContract
 from anchor_cli.data.text import BASE_TOKENIZER, TextEncoder, load_tokenizer, tokenizer_fingerprint
-from anchor_cli.engine.export_files import prompts
-from anchor_cli.engine.export_tokenizer import WHITE_SPACE, write_tokenizer
-from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO, TextContract
+from anchor_cli.export.files import prompts
+from anchor_cli.export.tokenizer import WHITE_SPACE, write_tokenizer
 
 HEAD = "<|im_start|>user\n"
 

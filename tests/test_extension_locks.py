@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anchor_cli.engine.extension_locks import MIN_AGE_S, clear_stale_locks, extension_locks, stale_extension_locks
+from anchor_cli.processes.extension_locks import MIN_AGE_S, clear_stale_locks, extension_locks, stale_extension_locks
 
 
 def make_lock(folder: Path, age_s: float, now: float) -> Path:

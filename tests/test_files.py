@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from anchor_cli.words import files
-from anchor_cli.words.contract import TextContract, differences, read_contract, write_contract
-from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.base import files
+from anchor_cli.base.contract import TextContract, differences, read_contract, write_contract
+from anchor_cli.base.errors import InputError, RunError
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> 
 
 def test_a_killed_process_leaves_no_folder_under_the_name(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom anchor_cli.words.files import staged_folder\n"
+        "import sys\nfrom pathlib import Path\nfrom anchor_cli.base.files import staged_folder\n"
         "with staged_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'half').write_text('x')\n"
         "    print('written', flush=True)\n"

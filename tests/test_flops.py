@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from anchor_cli.engine import flops
-from anchor_cli.engine.flops import ModelShape
+from anchor_cli.plan import flops
+from anchor_cli.plan.flops import ModelShape
 
 QWEN3_0_6B = {
     "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,

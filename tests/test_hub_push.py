@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.engine.hub_push import check_push, push
-from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.base.errors import InputError, RunError
+from anchor_cli.export.push import check_push, push
 
 TOKEN = "hf_secretOfTheTest"
 

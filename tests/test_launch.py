@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from faults.harness import Started, fork_server, losses, write_spec, write_world
 
-from anchor_cli.engine import launch
-from anchor_cli.engine.watchdog import Failure, where_folder
-from anchor_cli.words.errors import InputError
+from anchor_cli.base.errors import InputError
+from anchor_cli.processes import launch
+from anchor_cli.processes import ranks as ranks_of
+from anchor_cli.processes.watchdog import Failure, where_folder
 
 PATIENCE_S, END_S = 600.0, 60.0  # to start on a loaded machine; to end
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -44,8 +45,8 @@ def test_who_a_process_is(
     monkeypatch: pytest.MonkeyPatch, env: dict[str, str], ranks: object, node: tuple[int, int] | None
 ) -> None:
     set_environment(monkeypatch, env)
-    assert launch.environment_ranks() == ranks
-    assert launch.as_node() == node
+    assert ranks_of.environment_ranks() == ranks
+    assert ranks_of.as_node() == node
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
@@ -80,7 +81,7 @@ def test_where_processes_meet(monkeypatch: pytest.MonkeyPatch, env: dict[str, st
     [("", ""), ("node7", "node7"), ("n[5,7]", "n5"), ("r[1-2]n[3-4]-ib,x[1-9]", "r1n3-ib"), ("a-b[007-012]", "a-b007")],
 )
 def test_the_first_host_of_a_list(nodes: str, want: str) -> None:
-    assert launch.first_host(nodes) == want
+    assert ranks_of.first_host(nodes) == want
 
 
 def bare_workers(num: int) -> launch.Workers:
@@ -101,7 +102,7 @@ def test_rank_0_may_finish_its_trackers_after_an_end_that_all_agreed_on(
     workers, began = bare_workers(2), time.monotonic()
     monkeypatch.setattr(workers, "ended", lambda: [one, zero] if time.monotonic() > began + 0.5 else [one])
     assert workers.wait() == ([one, zero] if agreed else [one])
-    from anchor_cli.engine.metrics_log import CLOSE_S
+    from anchor_cli.processes.launch import CLOSE_S
 
     assert launch._AGREED_S > CLOSE_S
 
@@ -140,7 +141,7 @@ def test_a_launcher_touches_nothing_of_a_run_that_lives(tmp_path: Path, monkeypa
 STOPS = """
 import os, signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)  # CI may be under nohup
-from anchor_cli.engine.signals import StopFlag
+from anchor_cli.processes.signals import StopFlag
 flag = StopFlag()
 flag.install()
 flag.poll_from_now_on()
@@ -161,7 +162,7 @@ def test_a_lost_terminal_stops_a_run_but_not_under_nohup(how: str, want: str) ->
 LAST_WORDS = """
 import os, sys
 from pathlib import Path
-from anchor_cli.engine.rank_log import rank_log
+from anchor_cli.processes.logs import rank_log
 with rank_log(Path(sys.argv[1]), int(sys.argv[2]), redirected=False):
     print("from python")
     os.write(2, b"from C\\n")

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from faults.harness import environment, losses, write_spec, write_world
 
-from anchor_cli.engine.launch import free_port
+from anchor_cli.processes.ranks import free_port
 
 pytestmark = pytest.mark.slow
 PYTHON = sys.executable

@@ -12,15 +12,14 @@ from data_fixtures import needs_shared, tokenizer_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchor_cli.data.beir import Benchmark, read_beir
-from anchor_cli.data.leaks import Leak, LeakIndex, words_of
-from anchor_cli.data.prepare import prepare
+from anchor_cli.data.benchmarks.beir import Benchmark, read_beir
+from anchor_cli.data.prepare.leaks import Leak, LeakIndex, words_of
+from anchor_cli.data.prepare.prepare import prepare
 
 __all__ = ["tokenizer_folder"]
 LONG = "the river otter eats fish and frogs and lives in a den near the water all year round"  # 17 words
 KOREAN = (  # 16 words
-    "수달은 강가의 굴에서 살며 물고기와 개구리를 먹고 겨울에도 "
-    "잠을 자지 않으며 밤에 주로 움직이는 동물로 알려져 있다"
+    "수달은 강가의 굴에서 살며 물고기와 개구리를 먹고 겨울에도 잠을 자지 않으며 밤에 주로 움직이는 동물로 알려져 있다"
 )
 BENCHMARK = Benchmark(
     "en/otters",

@@ -8,12 +8,12 @@ import torch
 from test_flops import QWEN3_0_6B, TINY
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from anchor_cli.engine import memory_model
-from anchor_cli.engine.flops import ModelShape
-from anchor_cli.engine.memory_model import LayerOptions, StateOptions
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.plan import memory as memory_model
+from anchor_cli.plan.flops import ModelShape
+from anchor_cli.plan.memory import LayerOptions, StateOptions
 
 WIDE = TINY | {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "head_dim": 24}
 

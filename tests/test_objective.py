@@ -194,7 +194,7 @@ def test_pooling_takes_content_tokens_only(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["mean", "weighted_mean"])
 def test_the_mean_of_no_content_is_zeros_and_not_nan(mode: str) -> None:
-    from anchor_cli.engine.export_pooling import ContentPooling
+    from anchor_cli.export.pooling import ContentPooling
     from anchor_cli.model.packed import pack_texts
     from anchor_cli.model.pooling import pool
 

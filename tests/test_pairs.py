@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from anchor_cli.data import shards
+from anchor_cli.base.contract import TextContract, write_contract
+from anchor_cli.base.errors import InputError
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.shards import SCHEMA, ShardWriter
-from anchor_cli.words.contract import TextContract, write_contract
-from anchor_cli.words.errors import InputError
+from anchor_cli.data.prepare import shards
+from anchor_cli.data.prepare.shards import SCHEMA, ShardWriter
 
 CONTRACT = TextContract(tokenizer_fingerprint="f" * 64)
 

@@ -15,7 +15,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from anchor_cli.engine.panel import Curve, State, clock, sparkline
+from anchor_cli.train.panel import Curve, State, clock, sparkline
 
 RECORD = {
     "step": 12345, "epoch": 0.848, "train/loss": 1.5, "train/d2q_loss": 1.25, "train/q2d_loss": 2.5,
@@ -108,10 +108,10 @@ import os, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from anchor_cli.engine.rank_log import rank_log
-from anchor_cli.engine.signals import leave
-from anchor_cli.engine.watch import Watch
-from anchor_cli.words.console import say, warn
+from anchor_cli.processes.logs import rank_log
+from anchor_cli.processes.signals import leave
+from anchor_cli.train.watch import Watch
+from anchor_cli.base.console import say, warn
 
 folder = Path(sys.argv[1])
 run = SimpleNamespace(

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchor_cli.data.plan import deal, epoch_order, make_plan
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.schedule import steps_per_epoch, total_steps
+from anchor_cli.base.errors import InputError
+from anchor_cli.data.batches import deal, epoch_order, make_plan
+from anchor_cli.spec.schedule import steps_per_epoch, total_steps
 
 
 def test_kures_run_has_14554_steps_an_epoch_and_43662_in_three() -> None:

@@ -20,12 +20,12 @@ from data_fixtures import AWKWARD, needs_shared, nfc, small_tokenizer, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
-from anchor_cli.data import prepare as prepare_module
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.prepare import prepare
-from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO
-from anchor_cli.words.errors import InputError
+from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import prepare as prepare_module
 
 __all__ = ["tokenizer_folder"]
 REPOSITORY = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_the_same_bytes_whatever_num_proc(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "_SMALL_ROWS", 0)  # else so few rows stay in this process
-    monkeypatch.setattr("anchor_cli.data.source_files._BLOCK_BYTES", 20_000)  # many parts
+    monkeypatch.setattr("anchor_cli.data.sources.files._BLOCK_BYTES", 20_000)  # many parts
     source = str(write_rows(tmp_path / "rows.jsonl", 900))
     for num in (1, 3):
         prepare([source], tmp_path / f"out-{num}", tokenizer=tokenizer_folder, num_proc=num, max_seq_length=40)
@@ -90,12 +90,10 @@ PIECES = st.lists(PIECE, max_size=8).map("".join)
 TEXTS = PIECES.filter(lambda text: not any("\ud800" <= letter <= "\udfff" for letter in text))
 
 
-@settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=12),
-    names=st.sampled_from([("anchor", "positive"), ("질문", "문서"), ("a b", "c,\"d")]),
+    names=st.sampled_from([("anchor", "positive"), ("질문", "문서"), ("a b", 'c,"d')]),
     max_seq_length=st.sampled_from([30, 48, 512]),
     training=st.sampled_from([None, {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}, {"*": ""}]),
 )
@@ -154,7 +152,7 @@ def test_fuzz_ids_decode_to_the_text_that_went_in(
 
 KILLED = """
 import sys
-from anchor_cli.data import prepare as module
+from anchor_cli.data.prepare.prepare import prepare as module
 module._SMALL_ROWS = 0
 if __name__ == "__main__":
     print("begun", flush=True)
@@ -310,7 +308,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("anchor_cli.data.shards._HashingFile.write", full)
+    monkeypatch.setattr("anchor_cli.data.prepare.shards._HashingFile.write", full)
     assert run([*command, str(tmp_path / "out")]) == 1
     message, remedy = capsys.readouterr().err.splitlines()[-2:]
     assert f"{tmp_path / 'out'}: the disk is full; nothing was written" in message
@@ -375,7 +373,7 @@ def test_wrong_usage_is_two_lines_and_exit_code_2(
 def test_nanobeir_is_a_snapshot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anchor_cli.data import benchmarks
+    from anchor_cli.data.benchmarks import benchmarks
 
     def snapshot(out: Path) -> dict[str, object]:
         out.mkdir()

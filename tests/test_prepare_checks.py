@@ -15,10 +15,10 @@ from data_fixtures import tokenizer_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchor_cli.data.checks import REASONS, Seen, canonical, row_language, text_fault
-from anchor_cli.data.prepare import prepare
-from anchor_cli.data.prepare_report import PrepareSummary
-from anchor_cli.words.errors import InputError
+from anchor_cli.base.errors import InputError
+from anchor_cli.data.prepare.checks import REASONS, Seen, canonical, row_language, text_fault
+from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.summary import PrepareSummary
 
 __all__ = ["tokenizer_folder"]
 

@@ -18,12 +18,13 @@ import pytest
 import zstandard
 from data_fixtures import AWKWARD, needs_shared, tokenizer_folder
 
-from anchor_cli.data import source_files, sources
+from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.prepare import prepare
-from anchor_cli.data.source_files import Columns, Limits, read_parts
-from anchor_cli.data.sources import Asked, choose_columns
-from anchor_cli.words.errors import InputError, RunError
+from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.sources import files as source_files
+from anchor_cli.data.sources import sources
+from anchor_cli.data.sources.files import Columns, Limits, read_parts
+from anchor_cli.data.sources.sources import Asked, choose_columns
 
 __all__ = ["tokenizer_folder"]
 ROWS = [{"query": f"{text.strip()} {index}?", "document": f"{text}\n{index}"} for index, text in enumerate(AWKWARD * 3)]
@@ -377,7 +378,9 @@ def test_the_first_rows_of_a_hub_set_name_its_columns(monkeypatch: pytest.Monkey
         yield from ROWS
 
     monkeypatch.setattr(
-        sources.HubSet, "open", lambda self: datasets.IterableDataset.from_generator(generate)  # knows no columns
+        sources.HubSet,
+        "open",
+        lambda self: datasets.IterableDataset.from_generator(generate),  # knows no columns
     )
     source = sources.open_source("org/pairs", Asked())
     assert source.files[0].columns == Columns("query", "document")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.data import nanobeir
+from anchor_cli.base import hub
+from anchor_cli.base.contract import TextContract
+from anchor_cli.base.errors import InputError
 from anchor_cli.data.pairs import MANIFEST
-from anchor_cli.engine.setup import prepared_data
-from anchor_cli.words.contract import TextContract
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.spec import RunSpec
+from anchor_cli.data.training_set import prepared_data
+from anchor_cli.spec.spec import RunSpec
 
 CONTRACT = TextContract(tokenizer_fingerprint="f" * 64)
 
@@ -27,7 +27,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (out / MANIFEST).write_text("{}")
         folders.append(out)
 
-    monkeypatch.setattr("anchor_cli.data.prepare.prepare", prepare)
+    monkeypatch.setattr("anchor_cli.data.prepare.prepare.prepare", prepare)
     return folders
 
 
@@ -62,13 +62,13 @@ def test_a_pattern_that_matches_nothing_is_an_error(made: list[Path], tmp_path: 
 def test_a_hub_set_is_prepared_anew_for_each_revision(
     made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nanobeir, "_revisions", {"org/pairs": "1" * 40})
+    monkeypatch.setattr(hub, "_revisions", {"org/pairs": "1" * 40})
     first = data_of("org/pairs", tmp_path)
     assert data_of("org/pairs", tmp_path) == first
-    monkeypatch.setattr(nanobeir, "_revisions", {"org/pairs": "2" * 40})
+    monkeypatch.setattr(hub, "_revisions", {"org/pairs": "2" * 40})
     second = data_of("org/pairs", tmp_path)
     assert made == [first, second] and first != second
-    monkeypatch.setattr(nanobeir, "_revisions", {"org/pairs": None, "org/other": None})  # the Hub cannot be asked
+    monkeypatch.setattr(hub, "_revisions", {"org/pairs": None, "org/other": None})  # the Hub cannot be asked
     assert data_of("org/pairs", tmp_path) == second
     assert "the Hub cannot be asked; taking what was prepared last" in capsys.readouterr().err
     other = data_of("org/other", tmp_path)

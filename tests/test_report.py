@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from synthetic_runs import BENCHMARKS, make_run
 
-from anchor_cli.engine.report import write_report
-from anchor_cli.engine.report_charts import running_mean, running_median, thin
-from anchor_cli.engine.report_data import effective_lines, read_run, read_runs
-from anchor_cli.engine.report_html import duration, flatten, number
-from anchor_cli.words.errors import InputError
+from anchor_cli.base.errors import InputError
+from anchor_cli.report.charts import running_mean, running_median, thin
+from anchor_cli.report.html import duration, flatten, number
+from anchor_cli.report.read import effective_lines, read_run, read_runs
+from anchor_cli.report.report import write_report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

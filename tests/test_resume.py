@@ -24,9 +24,9 @@ from faults.harness import (
     write_world,
 )
 
-from anchor_cli.engine.checkpoint import prune, verify_checkpoint
-from anchor_cli.engine.verify_resume import Verdict, difference
-from anchor_cli.words.run_folder import list_checkpoints
+from anchor_cli.base.checkpoints import list_checkpoints, verify_checkpoint
+from anchor_cli.train.saving import prune
+from anchor_cli.train.verify_resume import Verdict, difference
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -64,10 +64,10 @@ def whole(world: World) -> Path:
 
 def test_killed_in_step_evaluation_and_save_it_ends_as_if_nothing_had_happened(world: World, whole: Path) -> None:
     kills = [
-        ("anchor_cli.engine.train:train_step", 4, 2),  # in step 3; checkpoint-2 stands
-        ("anchor_cli.engine.evaluate:evaluate_one", 1, 2),  # at step 4, before its line
-        ("anchor_cli.engine.checkpoint:os.rename", 1, 2),  # checkpoint-4 is written, but not under its name
-        ("anchor_cli.engine.checkpoint:fsync_folder", 1, 4),  # right after it has its name
+        ("anchor_cli.train.loop:train_step", 4, 2),  # in step 3; checkpoint-2 stands
+        ("anchor_cli.evaluate.evaluate:evaluate_one", 1, 2),  # at step 4, before its line
+        ("anchor_cli.train.saving:os.rename", 1, 2),  # checkpoint-4 is written, but not under its name
+        ("anchor_cli.train.saving:fsync_folder", 1, 4),  # right after it has its name
     ]
     for name, count, newest in kills:
         run = world.train("killed", die_at=(name, count), code=-signal.SIGKILL)
@@ -180,8 +180,8 @@ def test_a_changed_spec_is_refused_with_what_differs_and_harmless_changes_are_no
 
 
 def test_rotation_keeps_the_best_and_the_newest_whole(tmp_path: Path) -> None:
-    from anchor_cli.engine.checkpoint import commit
-    from anchor_cli.words.metric_names import EVAL_AVG_NDCG_10
+    from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10
+    from anchor_cli.train.saving import commit
 
     for step in (2, 4, 6, 8, 10):
         partial = tmp_path / f".checkpoint-{step}.partial"

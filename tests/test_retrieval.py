@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchor_cli.model.retrieval import (
+from anchor_cli.base.errors import InputError
+from anchor_cli.evaluate.metrics import (
     SENTENCE_TRANSFORMERS,
     TREC_EVAL,
     bootstrap,
@@ -19,7 +20,6 @@ from anchor_cli.model.retrieval import (
     ranked_first,
     rules_of,
 )
-from anchor_cli.words.errors import InputError
 
 CUTS = (1, 3, 10)
 METRICS = [f"{kind}@{k}" for kind in ("ndcg", "mrr", "recall", "map") for k in CUTS]

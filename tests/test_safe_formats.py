@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchor_cli.words.errors import InputError
+from anchor_cli.base.errors import InputError
 
 PACKAGE = Path(__file__).parents[1] / "anchor_cli"
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -86,7 +86,8 @@ def test_a_model_folder_with_pickled_weights_is_refused_unread(small_model: Path
 
 def test_a_resumed_run_looks_at_safetensors_and_json_only(tmp_path: Path) -> None:
     """A pickle slipped into a checkpoint is not opened: the manifest names what belongs there."""
-    from anchor_cli.engine.checkpoint import commit, newest_whole
+    from anchor_cli.base.checkpoints import newest_whole
+    from anchor_cli.train.saving import commit
 
     mark = tmp_path / "was-unpickled"
     partial = tmp_path / ".checkpoint-1.partial"

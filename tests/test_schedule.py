@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from anchor_cli.words.schedule import interval_steps, learning_rate, warmup_steps_of
+from anchor_cli.spec.schedule import interval_steps, learning_rate, warmup_steps_of
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])

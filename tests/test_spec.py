@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
-from anchor_cli.words import compat, spec_docs
-from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.spec import NOT_OF_THE_RESULT, RunSpec, load_spec
-from anchor_cli.words.spec_reading import read_spec
+from anchor_cli.spec import aliases as compat
+from anchor_cli.spec import docs as spec_docs
+from anchor_cli.spec.load import load_spec, read_spec
+from anchor_cli.spec.spec import NOT_OF_THE_RESULT, RunSpec
 
 REPOSITORY = Path(__file__).parents[1]
 LEAST = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_file_path": "pairs"}

@@ -35,8 +35,8 @@ def plain() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from anchor_cli.engine.demo import Recipe, make_model
-    from anchor_cli.engine.export import export
+    from anchor_cli.demo.demo import Recipe, make_model
+    from anchor_cli.export.export import export
 
     folder = tmp_path_factory.mktemp("stage2")
     make_model(folder / "model", Recipe(hidden_size=64, intermediate_size=128, num_layers=2))
@@ -72,7 +72,7 @@ def test_plain_embeddings_are_our_encoder_s(plain: ModuleType, exported: Path) -
     """The loop's tokens, padding and pooling against the packed encoder: mixed lengths, truncation, both languages."""
     from transformers import AutoModel
 
-    from anchor_cli.engine.embedder import load_embedder
+    from anchor_cli.evaluate.embedder import load_embedder
 
     ours, texts = load_embedder(exported, device="cpu"), plain.Texts(exported)
     model = AutoModel.from_pretrained(exported, dtype=torch.float32)
@@ -93,7 +93,7 @@ def test_plain_pytorch_trains_and_saves(plain: ModuleType, exported: Path, rows:
     out = tmp_path / "stage2"
     losses = plain.main([str(exported), str(rows), "--out", str(out), "--steps", "12", "--learning-rate", "1e-3"])
     assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
-    from anchor_cli.engine.embedder import load_embedder
+    from anchor_cli.evaluate.embedder import load_embedder
 
     before, after = (load_embedder(path, device="cpu").encode_documents(["수달"], "ko") for path in (exported, out))
     assert abs(before - after).max() > 1e-3
@@ -117,7 +117,7 @@ def ranks_its_rows(model: Path) -> None:
     """As trained, each language with its own instruction and in-batch negatives; by the library and by our encoder."""
     from sentence_transformers import SentenceTransformer
 
-    from anchor_cli.engine.embedder import PackedEmbedder, load_embedder
+    from anchor_cli.evaluate.embedder import PackedEmbedder, load_embedder
 
     theirs, ours = SentenceTransformer(str(model), device="cpu"), load_embedder(model, device="cpu")
     assert isinstance(ours, PackedEmbedder), "the contract went along"
@@ -135,11 +135,11 @@ def test_stage_two_from_a_bfloat16_export(
     """Weights are trained in fp32: at this rate bf16 ones would stay. The tokenizer's class is another than Qwen's."""
     from safetensors.torch import load_file
 
-    from anchor_cli.engine.export import export
+    from anchor_cli.export.export import export
 
     check = {"against": "transformers", "lowest_cosine": 1.0}
     passed = {"passed": True, "num_texts": 1, "num_truncated": 0, "not_checked": [], "checks": [check]}
-    monkeypatch.setattr("anchor_cli.engine.export.certify", lambda *_, **__: passed)  # test_export.py runs the real one
+    monkeypatch.setattr("anchor_cli.export.export.certify", lambda *_, **__: passed)  # test_export.py runs the real one
     out = tmp_path / "stage2"
     start = export(small_model, out=tmp_path / "export", dtype="bfloat16").folder
     trainer = script("train_sentence_transformers")

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from anchor_cli.base.contract import INSTRUCTION_KO, TEXT_TEMPLATE
+from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import (
     SEPARATOR,
     TextEncoder,
@@ -23,8 +25,6 @@ from anchor_cli.data.text import (
     split_record,
     tokenizer_fingerprint,
 )
-from anchor_cli.words.contract import INSTRUCTION_KO, TEXT_TEMPLATE
-from anchor_cli.words.errors import InputError
 
 __all__ = ["tokenizer_folder"]  # a fixture
 PREFIX = "<|im_start|>user\n"

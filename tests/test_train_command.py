@@ -16,7 +16,7 @@ from test_objective_texts import Text, content_tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anchor_cli.data.plan import epoch_order
+from anchor_cli.data.batches import epoch_order
 
 NUM_ROWS, GLOBAL_BATCH, LENGTH = 50, 8, 64
 INSTRUCTION = "주어진 질문에 대해 관련 문서를 검색하세요"

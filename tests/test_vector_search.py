@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from anchor_cli.model.vector_search import embedding_health, search, tie_ranks
-from anchor_cli.words.errors import RunError
+from anchor_cli.base.errors import RunError
+from anchor_cli.evaluate.search import embedding_health, search, tie_ranks
 
 SMALL = st.integers(-2, 2).map(float)  # zero rows, equal rows, opposite rows
 
@@ -70,7 +70,7 @@ def test_an_embedding_that_is_not_finite_is_an_error(bad: float) -> None:
 MEASURE = """
 import resource, sys
 import numpy as np
-from anchor_cli.model.vector_search import search
+from anchor_cli.evaluate.search import search
 num, size, mode = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 random = np.random.default_rng(0)
 documents = np.empty((num, size), dtype=np.float32)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from anchor_cli.data.benchmarks import load_benchmarks
-from anchor_cli.data.small_tokenizer import train_small_tokenizer, train_text_tokenizer, write_small_tokenizer
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, TEXT_TEMPLATE
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.text import TextEncoder, load_tokenizer
-from anchor_cli.data.world import World, make_world, training_pairs, vocabulary, write_world
-from anchor_cli.data.world_words import LEXICONS, QUESTION_FORMS
-from anchor_cli.words.contract import INSTRUCTION_EN, INSTRUCTION_KO, TEXT_TEMPLATE
+from anchor_cli.demo.lexicon import LEXICONS, QUESTION_FORMS
+from anchor_cli.demo.tokenizer import train_small_tokenizer, train_text_tokenizer, write_small_tokenizer
+from anchor_cli.demo.world import World, make_world, training_pairs, vocabulary, write_world
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""Floor 4: one thin function a command."""
+"""Floor 7: one thin function a command."""

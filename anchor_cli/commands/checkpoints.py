@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from anchor_cli.engine.checkpoint_list import Listed
+    from anchor_cli.report.checkpoints import Listed
 
 
 class Action(StrEnum):
@@ -43,10 +43,10 @@ def checkpoints(
 
     prune removes damaged ones first, then the oldest; never the best by eval/avg/ndcg@10 nor the newest whole one.
     """
-    from anchor_cli.engine.checkpoint import prune, removable
-    from anchor_cli.engine.checkpoint_list import list_run, run_of
-    from anchor_cli.words.console import print_json, say
-    from anchor_cli.words.run_folder import list_checkpoints
+    from anchor_cli.base.checkpoints import list_checkpoints
+    from anchor_cli.base.console import print_json, say
+    from anchor_cli.report.checkpoints import list_run, run_of
+    from anchor_cli.train.saving import prune, removable
 
     folder = run_of(run)
     if action == Action.prune:
@@ -76,7 +76,7 @@ def limit_of(run: Path) -> int:
     """`save_total_limit` of a run's spec. Raises InputError: it has none."""
     import json
 
-    from anchor_cli.words.run_folder import RunFolder
+    from anchor_cli.base.runs import RunFolder
 
     try:
         limit = json.loads(RunFolder(run).spec.read_text(encoding="utf-8")).get("save_total_limit")
@@ -90,8 +90,8 @@ def limit_of(run: Path) -> int:
 def _table(folder: Path, listed: list[Listed]) -> None:
     from rich.table import Table
 
-    from anchor_cli.engine.checkpoint_list import rows_of
-    from anchor_cli.words.console import console, say
+    from anchor_cli.base.console import console, say
+    from anchor_cli.report.checkpoints import rows_of
 
     if not listed:
         say(f"{folder}: no checkpoint yet")

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from anchor_cli import __version__
-from anchor_cli.words.errors import AnchorError, nearest
+from anchor_cli.base.errors import AnchorError, nearest
 
 COMMANDS = {
     "Start": {
@@ -134,7 +134,7 @@ def _fail(message: str, hint: str | None, code: int, error: BaseException | None
         import traceback
 
         traceback.print_exception(error)
-    from anchor_cli.words.console import console
+    from anchor_cli.base.console import console
 
     out = console()
     out.print(f"anchor: {message}", style="bold red" if code == 1 or code == 2 else None)

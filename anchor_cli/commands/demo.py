@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.console import print_json
 
 if TYPE_CHECKING:
-    from anchor_cli.engine.demo import Outcome
+    from anchor_cli.demo.demo import Outcome
 
 
 def demo(
@@ -24,7 +24,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Make a small Korean and English world, train on it, evaluate before and after, export. Some minutes on a CPU."""
-    from anchor_cli.engine.demo import Recipe, run_demo
+    from anchor_cli.demo.demo import Recipe, run_demo
 
     recipe = Recipe(seed=seed, steps=steps, num_documents=documents, warmup_steps=max(1, min(50, steps // 5)))
     outcome = run_demo(out, recipe)

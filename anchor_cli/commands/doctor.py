@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json, say
+from anchor_cli.base.errors import RunError
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.console import print_json, say
-from anchor_cli.words.errors import RunError
 
 
 def doctor(
@@ -23,13 +23,14 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this host: Python, packages, GPUs, kernels, limits, disk, network. Exit code 1 when a check fails."""
-    from anchor_cli.engine import doctor as examination
+    from anchor_cli.doctor import doctor as examination
+    from anchor_cli.doctor.needs import Wishes, wishes_of
 
-    wishes = examination.Wishes()
+    wishes = Wishes()
     if spec is not None:
-        from anchor_cli.words.spec import load_spec
+        from anchor_cli.spec.load import load_spec
 
-        wishes = examination.wishes_of(load_spec(spec, []))
+        wishes = wishes_of(load_spec(spec, []))
     checks = []
     for check in examination.examine(wishes, gradients=gradients):
         checks.append(check)

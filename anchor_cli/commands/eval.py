@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json, say
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.console import print_json, say
-from anchor_cli.words.errors import InputError
 
 
 def eval(  # noqa: A001 - the command's name
@@ -51,10 +51,10 @@ def eval(  # noqa: A001 - the command's name
     """Measure retrieval: nDCG@10 and MRR@10 on NanoBEIR (Korean and English) or any BEIR folder."""
     if baseline not in (None, "bm25"):
         raise InputError(f"--baseline {baseline}: expected bm25")
-    from anchor_cli.engine.comparison import details as details_of
-    from anchor_cli.engine.comparison import document, show
-    from anchor_cli.engine.evaluate_models import evaluate_models, resolve_models
-    from anchor_cli.engine.evaluation_files import worst_lines, worst_queries, write_files
+    from anchor_cli.evaluate.compare import details as details_of
+    from anchor_cli.evaluate.compare import document, show
+    from anchor_cli.evaluate.files import worst_lines, worst_queries, write_files
+    from anchor_cli.evaluate.models import evaluate_models, resolve_models
 
     metrics = metric or ["ndcg@10", "mrr@10"]
     models = resolve_models(checkpoints or [], default=baseline is None)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json, say
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.console import print_json, say
 
 
 def export(
@@ -38,9 +38,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write one folder that transformers, sentence-transformers, LLM2Vec and Stage II training load right."""
-    from anchor_cli.engine.export import choose_checkpoint
-    from anchor_cli.engine.export import export as write_export
-    from anchor_cli.engine.hub_push import check_push, push
+    from anchor_cli.export.export import choose_checkpoint
+    from anchor_cli.export.export import export as write_export
+    from anchor_cli.export.push import check_push, push
 
     if push_to_hub is not None:
         check_push(push_to_hub)

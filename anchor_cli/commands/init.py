@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json, say
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.console import print_json, say
-from anchor_cli.words.errors import InputError
 
 
 def init(
@@ -25,8 +25,8 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a spec to start from; editors complete and check it by its $schema."""
-    from anchor_cli.words.files import write_json
-    from anchor_cli.words.spec_reading import read_spec
+    from anchor_cli.base.files import write_json
+    from anchor_cli.spec.load import read_spec
 
     if out.exists() and not force:
         raise InputError(f"{out}: exists already", "choose another name, or --force replaces it")

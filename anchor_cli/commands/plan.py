@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchor_cli.base.console import print_json
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson, Overrides, SpecFile
-from anchor_cli.words.console import print_json
-from anchor_cli.words.errors import InputError
 
 if TYPE_CHECKING:
-    from anchor_cli.engine.estimate import Estimate
-    from anchor_cli.engine.probe import Probe
+    from anchor_cli.plan.estimate import Estimate
+    from anchor_cli.plan.probe import Probe
 
 GB = 1e9
 
@@ -41,18 +41,19 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
-    from anchor_cli.engine.estimate import Throughput, estimate
-    from anchor_cli.engine.hub import use_the_cache_when_the_hub_is_silent
-    from anchor_cli.engine.plan_checks import examine
-    from anchor_cli.engine.plan_inputs import asks_the_hub, hardware_of, rows_of, shape_of
-    from anchor_cli.words.ds_config import load_ds_config
-    from anchor_cli.words.spec import load_spec
+    from anchor_cli.base.hub import use_the_cache_when_the_hub_is_silent
+    from anchor_cli.plan.checks import examine
+    from anchor_cli.plan.estimate import Throughput, estimate
+    from anchor_cli.plan.inputs import asks_the_hub, hardware_of, rows_of, shape_of
+    from anchor_cli.spec.deepspeed import load_ds_config
+    from anchor_cli.spec.hub_names import needs_hub
+    from anchor_cli.spec.load import load_spec
 
     if mfu is not None and tokens_per_second is not None:
         raise InputError("--mfu and --tokens-per-second: two measurements of the same thing", "give one of them")
     run = load_spec(spec, overrides or [])
-    if asks_the_hub(run):
-        use_the_cache_when_the_hub_is_silent(run)
+    if asks_the_hub(run) and needs_hub(run):
+        use_the_cache_when_the_hub_is_silent()
     shape, shape_source = shape_of(run.model_name_or_path)
     hardware = hardware_of(gpu, num_gpus)
     ds_config = load_ds_config(run.deepspeed, Path(spec).parent)
@@ -66,7 +67,7 @@ def plan(
     made = estimate(run, shape, lengths, hardware, ds_config, throughput, liger=liger)
     measured = None
     if probe:
-        from anchor_cli.engine.probe import probe as run_probe
+        from anchor_cli.plan.probe import probe as run_probe
 
         measured = run_probe(run, shape, made)
         if throughput == Throughput() and (hardware.gpu is None or measured.peak_bytes is not None):
@@ -94,7 +95,7 @@ def _document(made: Estimate, hardware: Any, shape_source: str, checks: list[Any
 
 
 def _print(made: Estimate, hardware: Any, shape_source: str, checks: list[Any], measured: Probe | None) -> None:
-    from anchor_cli.engine.doctor import lines_of
+    from anchor_cli.doctor.doctor import lines_of
 
     where = f"{hardware.num_gpus} x {hardware.gpu.name}" if hardware.gpu else f"{hardware.num_gpus} CPU process(es)"
     lines = [("planned for", where), ("model", f"{made.parameters / 1e6:,.0f}M parameters ({shape_source})")]

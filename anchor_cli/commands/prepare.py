@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.errors import InputError
 
 NANOBEIR = "nanobeir"
 
@@ -67,15 +67,15 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Check, tokenise and write training pairs; ends with a table of what was kept and why the rest was not."""
-    from anchor_cli.words.console import console, print_json
+    from anchor_cli.base.console import console, print_json
 
     if sources[0] == NANOBEIR and not Path(NANOBEIR).exists():
         if len(sources) > 1:
             raise InputError(f"{NANOBEIR} stands alone, found also {sources[1]}")
         _snapshot(out, as_json)
         return
-    from anchor_cli.data.prepare import prepare as prepare_pairs
-    from anchor_cli.data.prepare_report import print_summary
+    from anchor_cli.data.prepare.prepare import prepare as prepare_pairs
+    from anchor_cli.data.prepare.summary import print_summary
 
     contract = _contract_options(tokenizer, max_seq_length, text_template, instruction, spec)
     summary = prepare_pairs(
@@ -100,8 +100,8 @@ def prepare(
 
 
 def _snapshot(out: Path, as_json: bool) -> None:
-    from anchor_cli.data.benchmarks import snapshot_nanobeir
-    from anchor_cli.words.console import print_json, say
+    from anchor_cli.base.console import print_json, say
+    from anchor_cli.data.benchmarks.benchmarks import snapshot_nanobeir
 
     manifest = snapshot_nanobeir(out)
     for name, entry in manifest["sets"].items():
@@ -121,7 +121,7 @@ def _contract_options(
     """What decides the token ids: the options, else the spec's values, else KURE's."""
     options: dict[str, Any] = {"tokenizer": "Qwen/Qwen3-0.6B", "max_seq_length": 512}
     if spec is not None:
-        from anchor_cli.words.spec import load_spec
+        from anchor_cli.spec.load import load_spec
 
         run = load_spec(spec)
         options = {

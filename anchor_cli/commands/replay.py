@@ -10,7 +10,7 @@ import typer
 from anchor_cli.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from anchor_cli.engine.replay import Replay
+    from anchor_cli.train.replay import Replay
 
 
 def replay(
@@ -22,9 +22,9 @@ def replay(
 
     Nothing is written. The steps between checkpoint and step are trained again, in one process.
     """
-    from anchor_cli.engine import replay as engine
-    from anchor_cli.words.console import print_json, say
-    from anchor_cli.words.errors import InputError
+    from anchor_cli.base.console import print_json, say
+    from anchor_cli.base.errors import InputError
+    from anchor_cli.train import replay as engine
 
     if not (run / "spec.json").is_file():
         message = f"{run}: not the folder of a run: spec.json is missing"
@@ -48,7 +48,7 @@ def replay(
 def _table(found: Replay) -> None:
     from rich.table import Table
 
-    from anchor_cli.words.console import console
+    from anchor_cli.base.console import console
 
     start = found.checkpoint or "the beginning"
     table = Table(title=f"{found.run}: step {found.step}, from {start}", title_justify="left")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json, say
 from anchor_cli.commands.options import AsJson
-from anchor_cli.words.console import print_json, say
 
 
 def report(
@@ -22,8 +22,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's curves, scores and incidents as one HTML page; several runs are overlaid."""
-    from anchor_cli.engine.report import find_run, write_report
-    from anchor_cli.words.run_folder import last_run
+    from anchor_cli.base.runs import last_run
+    from anchor_cli.report.report import find_run, write_report
 
     folders = [find_run(run) for run in runs] if runs else [last_run()]
     page = write_report(folders, out)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from anchor_cli.base.console import print_json, say
+from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson, Overrides
-from anchor_cli.words.console import print_json, say
-from anchor_cli.words.errors import InputError
 
 
 def spec(
@@ -18,11 +18,11 @@ def spec(
     as_json: AsJson = False,
 ) -> None:
     """Check a spec and print it resolved, with where each value came from."""
-    from anchor_cli.words.spec_docs import expected, shown_value
-    from anchor_cli.words.spec_reading import read_spec
+    from anchor_cli.spec.docs import expected, shown_value
+    from anchor_cli.spec.load import read_spec
 
     if keys:
-        from anchor_cli.words.spec import RunSpec
+        from anchor_cli.spec.spec import RunSpec
 
         if as_json:
             print_json({key: expected(key) for key in RunSpec.model_fields})
@@ -54,8 +54,8 @@ def spec(
 def _check_deepspeed(spec: object, path: str) -> None:
     from pathlib import Path
 
-    from anchor_cli.words.ds_config import load_ds_config, resolve_ds_config
-    from anchor_cli.words.spec import RunSpec
+    from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
+    from anchor_cli.spec.spec import RunSpec
 
     assert isinstance(spec, RunSpec)
     raw = load_ds_config(spec.deepspeed, Path(path).parent)

@@ -27,18 +27,19 @@ def train(
     """
     import os
 
-    from anchor_cli.engine.signals import StopFlag
+    from anchor_cli.processes.signals import StopFlag
 
     flag = StopFlag()
     flag.install()  # first of all: a signal is heard from here on
-    from anchor_cli.engine.launch import LAUNCHED, as_node, environment_ranks, launch
-    from anchor_cli.words.console import say
-    from anchor_cli.words.spec import load_spec
+    from anchor_cli.base.console import say
+    from anchor_cli.processes.launch import LAUNCHED, launch
+    from anchor_cli.processes.ranks import as_node, environment_ranks
+    from anchor_cli.spec.load import load_spec
 
     ranks, node = environment_ranks(), as_node()
     resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
     if ranks is None or node is not None:
-        from anchor_cli.engine.hardware import local_gpus
+        from anchor_cli.plan.hardware import local_gpus
 
         processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
         if node is None or node[0] == 0:  # one pod speaks for all
@@ -46,6 +47,6 @@ def train(
         if processes > 1:
             launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
             return
-    from anchor_cli.engine.worker import work
+    from anchor_cli.train.worker import work
 
     work(resolved, spec.absolute(), tuple(skip_step or ()), flag)

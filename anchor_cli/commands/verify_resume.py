@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchor_cli.base.errors import RunError
 from anchor_cli.commands.options import AsJson, Overrides, Processes, SpecFile
-from anchor_cli.words.errors import RunError
 
 if TYPE_CHECKING:
-    from anchor_cli.engine.verify_resume import Verdict
+    from anchor_cli.train.verify_resume import Verdict
 
 
 def verify_resume(
@@ -26,9 +26,9 @@ def verify_resume(
     uninterrupted run tells what this host's kernels do by themselves (GPU kernels that add in any order). Exit 1 when
     resuming differs by more than that. Needs disk for three checkpoints, which are removed.
     """
-    from anchor_cli.engine import verify_resume as engine
-    from anchor_cli.words.console import print_json
-    from anchor_cli.words.spec import load_spec
+    from anchor_cli.base.console import print_json
+    from anchor_cli.spec.load import load_spec
+    from anchor_cli.train import verify_resume as engine
 
     found = engine.verify_resume(load_spec(spec, overrides), spec.absolute(), overrides or [], steps, nproc_per_node)
     if as_json:
@@ -45,7 +45,7 @@ def verify_resume(
 def _table(found: Verdict) -> None:
     from rich.table import Table
 
-    from anchor_cli.words.console import console, say
+    from anchor_cli.base.console import console, say
 
     table = Table(title=f"{2 * found.steps} steps against {found.steps} + resume + {found.steps}", title_justify="left")
     for name in ("", "logged numbers", "differ", "largest", "tensors", "differ", "largest"):

@@ -1,1 +1,1 @@
-"""Floor 1: templates, tokens, prepared pairs, the batch plan. No torch.distributed."""
+"""Floor 3: templates, tokens, prepared pairs, the batch plan. No torch.distributed."""

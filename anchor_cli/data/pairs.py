@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from anchor_cli.base.contract import TextContract, differences, read_contract
+from anchor_cli.base.errors import InputError
+from anchor_cli.base.files import writer_of
 from anchor_cli.data.text import Int32Array
-from anchor_cli.words.contract import TextContract, differences, read_contract
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.files import writer_of
 
 MANIFEST = "prepare.json"
 FORMAT = 1

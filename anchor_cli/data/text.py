@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from anchor_cli.words.contract import check_template
-from anchor_cli.words.errors import InputError
+from anchor_cli.base.contract import check_template
+from anchor_cli.base.errors import InputError
 
 SEPARATOR = "!@#$%^&*()"
 """Marks in a training record where content begins; it never reaches the tokenizer."""

@@ -1,1 +1,1 @@
-"""Floor 2: encoder, attention, reconstruction loss, retrieval metrics."""
+"""Floor 3: encoder, packed attention, output layer, objectives."""

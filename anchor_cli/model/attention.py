@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from anchor_cli.words.console import warn
-from anchor_cli.words.errors import InputError
-from anchor_cli.words.kernels import FLASH_MODULES
+from anchor_cli.base.console import warn
+from anchor_cli.base.errors import InputError
+from anchor_cli.model.kernel_packages import FLASH_MODULES
 
 PACKED_ATTENTION = "anchor_packed"
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from anchor_cli.base.errors import InputError
 from anchor_cli.model.attention import PACKED_ATTENTION, register
-from anchor_cli.words.errors import InputError
 
 _LIGER_MODELS = ("qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3_text")
 

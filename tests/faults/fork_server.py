@@ -23,8 +23,9 @@ HEAVY = (
     "torch", "torch.distributed", "pandas", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed", "pyarrow",
     "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "transformers",
     "transformers.models.qwen3.modeling_qwen3",
-    "safetensors.torch", "tokenizers", "anchor_cli.data.prepare", "anchor_cli.engine.train", "anchor_cli.engine.worker",
-    "anchor_cli.engine.environment", "anchor_cli.commands.cli",
+    "safetensors.torch", "tokenizers", "anchor_cli.data.prepare.prepare", "anchor_cli.train.loop",
+    "anchor_cli.train.worker",
+    "anchor_cli.train.environment", "anchor_cli.commands.cli",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def prepare_child(request: dict[str, Any]) -> None:
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-    from anchor_cli.engine import watchdog
+    from anchor_cli.processes import watchdog
 
     watchdog.WRITE_EVERY_S = 0.05  # so that the harness sees in which phase a run was killed
     if request.get("die_at"):
@@ -46,7 +47,7 @@ def prepare_child(request: dict[str, Any]) -> None:
     for name, value in (request.get("answers") or {}).items():
         place, last = find(name)
         setattr(place, last, lambda *_, value=value, **__: value)
-    from anchor_cli.engine import launch
+    from anchor_cli.processes import launch
 
     launch.subprocess = SimpleNamespace(Popen=ForkedWorker, DEVNULL=None, STDOUT=None)
 

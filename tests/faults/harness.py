@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from anchor_cli.engine.launch import free_port
+from anchor_cli.processes.ranks import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN_KEYS = ("step", "train/loss", "train/d2q_loss", "train/q2d_loss", "train/learning_rate", "train/grad_norm")
@@ -156,8 +156,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key != "time" and not key.startswith("perf/")}
-        for line in lines
+        {key: value for key, value in line.items() if key != "time" and not key.startswith("perf/")} for line in lines
     ]
 
 
@@ -205,6 +204,6 @@ def alive(pid: int) -> bool:
 
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`."""
-    from anchor_cli.engine.signals import children
+    from anchor_cli.processes.signals import children
 
     return [below for child in children(pid) for below in (child, *descendants(child))]

@@ -31,8 +31,7 @@ from faults.harness import (
     write_world,
 )
 
-from anchor_cli.engine.checkpoint import verify_checkpoint
-from anchor_cli.words.run_folder import list_checkpoints
+from anchor_cli.base.checkpoints import list_checkpoints, verify_checkpoint
 
 LONG = {"max_steps": 400, "save_steps": 50, "eval_steps": 0}
 
@@ -98,8 +97,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(world: World, whole: P
     one = sum(path.stat().st_size for path in (whole / "checkpoint-2").iterdir())
     out = world.folder / f"small-{len(found_at)}"
     # a disk that looks roomy lets every save begin and run into the wall
-    answers = {"anchor_cli.engine.checkpoint:free_bytes": 10**12} if found_at == "the write itself" else None
-    answers = answers and answers | {"anchor_cli.engine.train:free_bytes": 10**12}
+    answers = {"anchor_cli.train.saving:free_bytes": 10**12} if found_at == "the write itself" else None
+    answers = answers and answers | {"anchor_cli.train.loop:free_bytes": 10**12}
     with mounted(out, "-t", "tmpfs", "-o", f"size={int(2.9 * one)}", "tmpfs"):
         spec = {"output_dir": str(out), "dataset_file_path": str(next((world.folder / "out/prepared").iterdir()))}
         ballast = out / "ballast"
@@ -211,7 +210,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_can_be_replayed_and_skipp
         record = json.loads(lines[row])
         lines[row] = json.dumps(record | {column: f"{record[column]} {word}"})
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    from anchor_cli.data.plan import epoch_order
+    from anchor_cli.data.batches import epoch_order
 
     steps = sorted({int(list(epoch_order(64, 42, 0)).index(row)) // 8 for row in marked})
     first = steps[0]

@@ -1,0 +1,144 @@
+"""Where things are: the files of a run, its checkpoints, and the runs this user has started.
+
+The runs are remembered in `$ANCHOR_HOME/runs.jsonl` (default `~/.cache/anchor`), one line a start, append-only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from anchor_cli.base.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, `{output_dir}/{experiment_id}`."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        """The resolved spec."""
+        return self.path / "spec.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware, git commit."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for every logged step and every evaluation, append-only."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line: start, resume, stop, checkpoint, evaluation, incident, end."""
+        return self.path / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of `rank-N.log`."""
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        """The run as a page."""
+        return self.path / "report.html"
+
+    def log(self, rank: int) -> Path:
+        """What a rank wrote."""
+        return self.logs / f"rank-{rank}.log"
+
+    def incident(self, step: int) -> Path:
+        """What was found at a step that was refused."""
+        return self.path / f"incident-step-{step}.json"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after `step` optimizer updates."""
+        return self.path / f"checkpoint-{step}"
+
+
+def open_lock(run: Path) -> IO[str]:
+    """The file whose lock says that a process trains in the folder `run`; it names that process."""
+    return open(run / ".lock", "a+", encoding="utf-8")
+
+
+def take_lock(file: IO[str], run: Path, patience_s: float) -> None:
+    """Lock `open_lock`'s file until it is closed.
+
+    `patience_s`: the processes of a run that was just killed may need a moment to go.
+
+    Raises:
+        InputError: another process trains in `run`.
+        OSError: a file system without locks.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.seek(0)
+                message = f"{run}: is being trained already by {file.read().strip() or 'another process'}"
+                raise InputError(message, hint="wait for it, end it, or give this run its own experiment_id") from None
+            time.sleep(0.2)
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a `.jsonl` file, empty when it is absent; a last line cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return lines
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+def anchor_home() -> Path:
+    """`$ANCHOR_HOME`, default `~/.cache/anchor`."""
+    return Path(os.environ.get("ANCHOR_HOME") or Path.home() / ".cache" / "anchor")
+
+
+def remember_run(run: str | Path) -> None:
+    """Make `run` the last run. A home that cannot be written is no reason to fail: the run is then not remembered."""
+    run = Path(run).absolute()
+    line = json.dumps({"time": round(time.time(), 3), "run": str(run)}, ensure_ascii=False) + "\n"
+    try:
+        anchor_home().mkdir(parents=True, exist_ok=True)
+        with open(anchor_home() / "runs.jsonl", "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:
+        return
+
+
+def remembered_runs() -> list[Path]:
+    """Runs that are still there, last started first, each once."""
+    runs = [Path(line["run"]) for line in read_json_lines(anchor_home() / "runs.jsonl") if "run" in line]
+    return [run for run in dict.fromkeys(reversed(runs)) if run.is_dir()]
+
+
+def last_run() -> Path:
+    """The run started last.
+
+    Raises:
+        InputError: none is remembered.
+    """
+    runs = remembered_runs()
+    if not runs:
+        raise InputError(f"no run is remembered in {anchor_home()}", "name a folder, or start one with anchor train")
+    return runs[0]

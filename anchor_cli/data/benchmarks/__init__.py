@@ -1,0 +1,1 @@
+"""Retrieval benchmarks: BEIR folders, NanoBEIR, and which of them a name means."""

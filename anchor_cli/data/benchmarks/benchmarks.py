@@ -1,0 +1,151 @@
+"""Which retrieval benchmarks a `--data` or an `eval_data` means, and their loading.
+
+    nanobeir                    the four of KURE: NanoMSMARCO and NanoNQ, Korean and English (the default)
+    nanobeir:all                all 13 subsets of both languages
+    nanobeir:ko                 KURE's two of one language; nanobeir:ko/all its 13
+    nanobeir:en/NanoNQ          one subset; also en:NanoNQ, and NanoNQ for both languages
+    DIR, ko:DIR                 a BEIR folder, a folder of the layout of a NanoBEIR data set (every subset; with
+                                DIR/NanoNQ one), or a snapshot (everything in it); `ko:` sets the language, which
+                                otherwise Hangul tells
+    ORG/NAME, de:ORG/NAME/NanoNQ  another NanoBEIR data set of the Hub
+
+With the environment variable ANCHOR_NANOBEIR=DIR, `nanobeir…` is read from the snapshot DIR instead of the Hub.
+A set that cannot be loaded is an error that names it: an average over fewer sets is another number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from anchor_cli.base.errors import InputError, nearest
+from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE, Benchmark, read_beir
+from anchor_cli.data.benchmarks.nanobeir import (
+    HUB_IDS,
+    KURE_SUBSETS,
+    MANIFEST_FILE,
+    SUBSETS,
+    is_nano_folder,
+    read_nano,
+    read_snapshot,
+    snapshot_nanobeir,
+    snapshot_sets,
+    subset_named,
+    subsets_of,
+)
+
+__all__ = ["Benchmark", "DEFAULT_DATA", "load_benchmarks", "snapshot_nanobeir"]
+
+DEFAULT_DATA = ("nanobeir",)
+SNAPSHOT_VARIABLE = "ANCHOR_NANOBEIR"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/Nano\w+)?")
+
+
+Part = Callable[[], Benchmark]
+"""One benchmark that a spec means, not yet read."""
+
+
+def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
+    """The benchmarks that `specs` mean, in their order; without any, the four of KURE.
+
+    Raises:
+        InputError: a spec means nothing, a file of it is faulty, or two benchmarks have one name.
+        RunError: the Hub cannot be reached.
+    """
+    parts = [(spec, part) for spec in specs or DEFAULT_DATA for part in parts_of(spec)]
+    found: dict[str, tuple[str, Benchmark]] = {}
+    for spec, read in parts:
+        benchmark = read()
+        if benchmark.name in found:
+            raise InputError(
+                f"--data {spec}: {benchmark.name} is given already, by --data {found[benchmark.name][0]}",
+                "name each set once; a LANG: in front, or another folder name, tells two apart",
+            )
+        found[benchmark.name] = spec, benchmark
+    return [benchmark for _, benchmark in found.values()]
+
+
+def is_hub_id(place: str) -> bool:
+    """Whether a name without its `LANG:` has the form of a NanoBEIR data set of the Hub, and no folder's here."""
+    return _HUB_ID.fullmatch(place) is not None and not Path(place.split("/")[0]).exists()
+
+
+def language_and_place(spec: str) -> tuple[str | None, str]:
+    """`ko:DIR` -> (ko, DIR); without a language, or where a file has that very name, (None, spec)."""
+    match = None if Path(spec).exists() else re.fullmatch(r"([a-z]{2,3}):(.+)", spec)
+    return (match[1], match[2]) if match else (None, spec)
+
+
+def parts_of(spec: str) -> list[Part]:
+    """The benchmarks that `spec` means, none of them read yet; only a Hub id without a subset asks the Hub.
+
+    Raises:
+        InputError: it means nothing.
+    """
+    if spec.lower() == "nanobeir" or spec.lower().startswith("nanobeir:"):
+        return _nanobeir(spec)
+    language, place = language_and_place(spec)
+    if not Path(place).exists() and (place in SUBSETS or place.lower() == "nanobeir"):
+        subset = place if place in SUBSETS else ""
+        return [
+            part for known in ([language] if language else HUB_IDS) for part in _nanobeir(f"nanobeir:{known}/{subset}")
+        ]
+    if Path(place).is_dir():
+        return _folder(place, language)
+    if is_nano_folder(Path(place).parent):
+        parent = str(Path(place).parent)
+        return [partial(read_nano, parent, subset_named(Path(place).name, subsets_of(parent)), language)]
+    if Path(place).exists():
+        raise InputError(
+            f"--data {spec}: {place} is a file",
+            f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
+        )
+    if is_hub_id(place):
+        owner, name, *subsets = place.split("/")
+        source = f"{owner}/{name}"
+        return [partial(read_nano, source, each, language) for each in subsets or subsets_of(source)]
+    raise InputError(f"--data {spec}: no such folder and no such benchmark", _suggestion(place))
+
+
+def _suggestion(place: str) -> str:
+    parent = Path(place).parent
+    if parent.is_dir() and (near := nearest(Path(place).name, (path.name for path in parent.iterdir()))):
+        return f"did you mean {parent / near}?"
+    if near := nearest(place, ["nanobeir", *(f"nanobeir:{language}" for language in HUB_IDS), "nanobeir:all"]):
+        return f"did you mean {near}?"
+    return "expected nanobeir, nanobeir:ko/NanoNQ, a BEIR folder, or the Hub id of a NanoBEIR data set"
+
+
+def _nanobeir(spec: str) -> list[Part]:
+    """The parts of `nanobeir`, `nanobeir:all`, `nanobeir:LANG`, `nanobeir:LANG/all` and `nanobeir:LANG/SUBSET`."""
+    language, _, subset = spec.partition(":")[2].partition("/")
+    if language == "all" and not subset:
+        wanted = [(known, name) for known in HUB_IDS for name in SUBSETS]
+    elif language and language not in HUB_IDS:
+        near = nearest(language, HUB_IDS)
+        elsewhere = "for another language name a Hub data set, such as de:lightonai/NanoBEIR-de"
+        hint = f"did you mean nanobeir:{near}?" if near else elsewhere
+        raise InputError(f"--data {spec}: language {language!r}, expected one of {', '.join(HUB_IDS)}, or all", hint)
+    else:
+        subsets = SUBSETS if subset == "all" else (subset_named(subset),) if subset else KURE_SUBSETS
+        wanted = [(known, name) for known in ([language] if language else HUB_IDS) for name in subsets]
+    snapshot = os.environ.get(SNAPSHOT_VARIABLE)
+    if snapshot:
+        return [partial(read_snapshot, Path(snapshot), f"{known}/{name}") for known, name in wanted]
+    return [partial(read_nano, HUB_IDS[known], name, known) for known, name in wanted]
+
+
+def _folder(place: str, language: str | None) -> list[Part]:
+    folder = Path(place)
+    if (folder / MANIFEST_FILE).is_file():
+        return [
+            partial(read_snapshot, folder, name)
+            for name in snapshot_sets(folder)
+            if language is None or name.startswith(language + "/")
+        ]
+    if is_nano_folder(folder):
+        return [partial(read_nano, place, subset, language) for subset in subsets_of(place)]
+    return [partial(read_beir, folder, language)]

@@ -1,0 +1,1 @@
+"""`anchor prepare`: raw pairs checked, tokenised and written."""

@@ -1,0 +1,349 @@
+"""`anchor prepare`: pairs from anywhere become one checked, tokenised, memory-mapped folder.
+
+Sources are read in order; their parts go to worker processes (parse, check, tokenise: `rows`) and come back in order;
+duplicates are decided here, one part after the other, and rows are written as they come. So the result does not depend
+on the number of processes, and memory not on the number of rows. The folder appears under its name by one rename.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from anchor_cli import __version__
+from anchor_cli.base.console import progress, say
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, TEXT_TEMPLATE, TextContract, write_contract
+from anchor_cli.base.errors import InputError
+from anchor_cli.base.files import (
+    is_abandoned,
+    staged_folder,
+    this_host,
+    words_for_disk_errors,
+    write_json,
+    writer_of,
+)
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.data.pairs import FORMAT, MANIFEST, NOT_OF_THE_ROWS, PreparedPairs
+from anchor_cli.data.prepare.checks import Seen
+from anchor_cli.data.prepare.leaks import NGRAM_WORDS, LeakIndex
+from anchor_cli.data.prepare.near import BANDS, require_library
+from anchor_cli.data.prepare.page import write_html
+from anchor_cli.data.prepare.rows import Prepared, Rejected, Share, Task, Work
+from anchor_cli.data.prepare.shards import ShardWriter
+from anchor_cli.data.prepare.summary import PrepareSummary, Tally
+from anchor_cli.data.prepare.workers import in_order
+from anchor_cli.data.sources.files import Limits
+from anchor_cli.data.sources.sources import Asked, Source, open_source, require_parts
+from anchor_cli.data.text import TextEncoder, eos_of, load_tokenizer, tokenizer_fingerprint
+
+REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
+_SMALL_ROWS, _SMALL_BYTES = 3000, 1 << 20  # less is done before another process has started
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of `prepare` beside sources, place and contract."""
+
+    query_column: str | None = None
+    document_column: str | None = None
+    language_column: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    weights: tuple[float, ...] = ()
+    exclude: tuple[str, ...] = ()
+    exclude_ngram: int = NGRAM_WORDS
+    near_duplicates: bool = False
+    max_characters: int = 1_000_000
+
+
+def prepare(
+    sources: Sequence[str],
+    out: str | Path,
+    *,
+    tokenizer: str | Path,
+    max_seq_length: int = 512,
+    text_template: str = TEXT_TEMPLATE,
+    instructions: dict[str, str] | None = None,
+    training_instructions: dict[str, str] | None = None,
+    num_proc: int = 1,
+    query_column: str | None = None,
+    document_column: str | None = None,
+    language_column: str | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    weights: Sequence[float] = (),
+    exclude: Sequence[str] = (),
+    exclude_ngram: int = NGRAM_WORDS,
+    near_duplicates: bool = False,
+    max_characters: int = 1_000_000,
+) -> PrepareSummary:
+    """Prepare `sources` into the new folder `out`.
+
+    Args:
+        sources: folders, files, globs, Hub ids; see `sources`. The first of two equal rows is the one that stays.
+        out: must not exist.
+        tokenizer: model folder, tokenizer.json or Hub id.
+        max_seq_length: tokens of a text, template and [EOS] included.
+        instructions: query instruction by language, for evaluation; goes into the contract.
+        training_instructions: instruction of a row's query by language, `*` for every other language.
+        num_proc: worker processes; changes the speed only.
+        query_column, document_column, language_column: guessed and said aloud when not given.
+        split, subset: part of a DatasetDict or of a Hub data set.
+        weights: rows by weight, one a source: the source with the fewest rows for its weight is taken whole.
+        exclude: benchmarks, as for `anchor eval --data`, whose texts must not be trained on.
+        exclude_ngram: words in a row that count as a leak.
+        near_duplicates: leave out nearly equal pairs too.
+        max_characters: of a text; longer ones are rejected.
+
+    Raises:
+        InputError: sources, columns, template or instructions are not right, or no row is left.
+        RunError: a worker process died, the disk is full, or the Hub cannot be reached.
+    """
+    options = Options(
+        query_column, document_column, language_column, split, subset, tuple(weights), tuple(exclude), exclude_ngram,
+        near_duplicates, max_characters,
+    )  # fmt: skip
+    out = Path(out)
+    started = time.monotonic()
+    _clear_unfinished(out)
+    contract = _contract(
+        tokenizer,
+        max_seq_length=max_seq_length,
+        text_template=text_template,
+        instructions=instructions or {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN},
+        training_instructions=training_instructions or {"*": INSTRUCTION_KO},
+    )
+    if near_duplicates:
+        require_library()
+    told = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
+    with told, staged_folder(out) as staged:
+        scratch = staged / "scratch"
+        scratch.mkdir()
+        leaks = _leak_folder(options, scratch)
+        work = Work(str(tokenizer), contract, Limits(max_characters), leaks, near_duplicates)
+        summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _write_all(
+    specs: list[str], staged: Path, scratch: Path, work: Work, options: Options, num_proc: int, out: Path
+) -> PrepareSummary:
+    asked = Asked(options.query_column, options.document_column, options.language_column, options.split, options.subset)
+    sources = [open_source(spec, asked) for spec in specs]
+    require_parts(specs, asked)
+    _languages_can_be_told(sources, work.contract)
+    shares = _shares(sources, options.weights, work.limits)
+    hints = [share.wanted if share else source.rows_hint for source, share in zip(sources, shares, strict=True)]
+    total = None if None in hints else sum(hint for hint in hints if hint is not None)
+    keeper = _Keeper(staged, scratch, near=options.near_duplicates)
+    names: deque[str] = deque()
+    tasks = _tasks(sources, shares, work.limits, names)
+    small = sum(source.num_bytes or _SMALL_BYTES for source in sources) < _SMALL_BYTES
+    small = small if total is None else total < _SMALL_ROWS
+    with progress("prepare", total, "rows") as bar:
+        for prepared in in_order(tasks, work, 1 if small else num_proc):
+            keeper.take(names.popleft(), prepared)
+            bar.advance(prepared.num_in)
+    shutil.rmtree(scratch)
+    return keeper.finish(out, sources, work, options)
+
+
+class _Keeper:
+    """Takes prepared rows in the order of the sources; leaves out duplicates; writes and counts the rest."""
+
+    def __init__(self, staged: Path, scratch: Path, *, near: bool) -> None:
+        self._staged = staged
+        self._writer = ShardWriter(staged)
+        self._exact, self._canonical = Seen(scratch), Seen(scratch)
+        self._bands = [Seen(scratch) for _ in range(BANDS)] if near else []
+        self._rejected = open(staged / REJECTED_FILE, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._tally = Tally()
+        self._first_rejected: dict[str, str] = {}
+
+    def take(self, source: str, prepared: Prepared) -> None:
+        """One part of the file `source`."""
+        fresh_exact = self._exact.add(prepared.exact_keys)
+        kept = self._canonical.add(prepared.canonical_keys)
+        reasons = np.where(fresh_exact, "same_query_same_document", "duplicate_pair")
+        if prepared.near_keys is not None:
+            far = _far(self._bands, prepared.near_keys, kept)
+            reasons = np.where(kept & ~far, "near_duplicate", reasons)
+            kept &= far
+        repeated = [
+            Rejected(int(prepared.rows[at]), _item(prepared.items[at]), str(reasons[at]), None)
+            for at in np.flatnonzero(~kept)
+        ]
+        for row in sorted([*prepared.rejected, *repeated], key=lambda row: (row.row, row.item or 0)):
+            self._reject(source, row)
+        table = prepared.table.filter(pa.array(kept))
+        self._writer.write(table)
+        self._tally.add(table, prepared.query_tokens[kept], prepared.document_tokens[kept])
+        self._tally.num_in += prepared.num_in
+        self._tally.num_left_out += prepared.num_left_out
+
+    def finish(self, out: Path, sources: list[Source], work: Work, options: Options) -> PrepareSummary:
+        """Write the rest of the folder, what makes it load last: killed between, it is whole or does not load.
+
+        Raises:
+            InputError: no row is left.
+        """
+        self._rejected.close()
+        tally = self._tally
+        if tally.num_kept == 0:
+            worst = ", ".join(f"{num:,} {reason}" for reason, num in tally.rejected.most_common(3)) or "no row at all"
+            example = next(iter(self._first_rejected.values()), None)
+            specs = ", ".join(source.spec for source in sources)
+            raise InputError(f"{specs}: no row is left of {tally.num_in:,}: {worst}", example)
+        of_the_rows = work.contract.model_dump_json(exclude=set(NOT_OF_THE_ROWS))
+        files, fingerprint = self._writer.finish(of_the_rows)
+        write_contract(self._staged, work.contract)
+        summary = PrepareSummary(str(out), fingerprint, tally, 0.0)
+        manifest = {
+            "format": FORMAT,
+            "anchor_version": __version__,
+            "fingerprint": fingerprint,
+            "num_rows": tally.num_kept,
+            "contract": work.contract.model_dump(),
+            "sources": [_source_entry(source) for source in sources],
+            "options": {key: value for key, value in vars(options).items() if value not in (None, (), False)},
+            "counts": tally.as_dict(),
+            "files": files,
+        }
+        write_html(self._staged / REPORT_FILE, PreparedPairs.described(self._staged, manifest), work.tokenizer)
+        self._writer.describe(files, fingerprint)
+        write_json(self._staged / MANIFEST, manifest)
+        return summary
+
+    def _reject(self, source: str, row: Rejected) -> None:
+        line: dict[str, Any] = {"source": source, "row": row.row}
+        for key in ("item", "side", "benchmark"):
+            if getattr(row, key) is not None:
+                line[key] = getattr(row, key)
+        line["reason"] = row.reason
+        self._rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._tally.rejected[row.reason] += 1
+        self._first_rejected.setdefault(row.reason, f"{source}: row {row.row}: {row.reason}")
+
+
+def _far(bands: list[Seen], keys: npt.NDArray[np.uint64], candidates: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """(R,) False where a band of the row was seen before, by whichever row; only candidates are looked at."""
+    far = np.ones(len(keys), dtype=bool)
+    chosen = np.flatnonzero(candidates)
+    for band, seen in enumerate(bands):
+        far[chosen] &= seen.add(keys[chosen, band])
+    return far
+
+
+def _item(item: np.int64) -> int | None:
+    return None if item < 0 else int(item)
+
+
+def _source_entry(source: Source) -> dict[str, Any]:
+    files = [{"name": file.name, "columns": vars(file.columns)} for file in source.files]
+    return {"source": source.spec, "fingerprint": source.fingerprint, "files": files}
+
+
+def _contract(
+    tokenizer: str | Path,
+    *,
+    max_seq_length: int,
+    text_template: str,
+    instructions: dict[str, str],
+    training_instructions: dict[str, str],
+) -> TextContract:
+    loaded = load_tokenizer(tokenizer)
+    eos_token, eos_token_id = eos_of(loaded, text_template)
+    encoder = TextEncoder(loaded, text_template, max_seq_length)
+    for language, instruction in training_instructions.items():
+        if encoder.try_encode_batch(["a"], instruction or None)[0] is None:
+            raise InputError(
+                f"instruction {language!r} and template leave no room for content in {max_seq_length} tokens",
+                "raise --max-seq-length or shorten the instruction",
+            )
+    return TextContract(
+        text_template=text_template,
+        instructions=instructions,
+        training_instructions=training_instructions,
+        max_seq_length=max_seq_length,
+        eos_token=eos_token,
+        eos_token_id=eos_token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(loaded),
+    )
+
+
+def _languages_can_be_told(sources: list[Source], contract: TextContract) -> None:
+    """Hangul tells Korean from English; other languages need a column."""
+    others = sorted(set(contract.training_instructions) - {"*", "ko", "en"})
+    for source in sources:
+        for file in source.files:
+            if others and file.columns.language is None:
+                raise InputError(
+                    f"{file.name}: instructions for {', '.join(others)}, but no language column; "
+                    "only ko and en are told from the script",
+                    "say --language-column NAME",
+                )
+
+
+def _shares(sources: list[Source], weights: Sequence[float], limits: Limits) -> list[Share | None]:
+    if not weights:
+        return [None] * len(sources)
+    if len(weights) != len(sources) or min(weights) <= 0:
+        raise InputError(f"--weights: {len(weights)} weights for {len(sources)} sources, expected one above 0 for each")
+    sizes = [source.count_rows(limits) for source in sources]
+    unit = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    shares: list[Share | None] = []
+    for source, size, weight in zip(sources, sizes, weights, strict=True):
+        shares.append(Share(min(round(unit * weight), size), size) if size else None)
+        say(f"{source.spec}: {min(round(unit * weight), size):,} of {size:,} rows by weight {weight:g}")
+    return shares
+
+
+def _tasks(sources: list[Source], shares: list[Share | None], limits: Limits, names: deque[str]) -> Iterator[Task]:
+    """Every part of every file, in order; the file's name goes to `names` at the same time."""
+    for source, share in zip(sources, shares, strict=True):
+        first = 0
+        for file in source.files:
+            for part in file.parts(limits):
+                names.append(file.name)
+                yield Task(part, file.columns, share, first)
+                first += part.num_rows
+
+
+def _leak_folder(options: Options, scratch: Path) -> Path | None:
+    if not options.exclude:
+        return None
+    folder = scratch / "leaks"
+    folder.mkdir()
+    benchmarks = load_benchmarks(list(options.exclude))
+    LeakIndex.build(benchmarks, options.exclude_ngram).save(folder)
+    return folder
+
+
+def _clear_unfinished(out: Path) -> None:
+    """Remove what an earlier, killed run of this host left beside `out`; refuse to work beside a live one.
+
+    On a shared disk another host's is let alone: whether it lives cannot be seen from here.
+    """
+    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*")):
+        host, process = writer_of(left) or ("", 0)
+        if is_abandoned(left) or (host, process) == (this_host(), os.getpid()):
+            say(f"{left}: left by a run that was stopped; removed, starting over")
+            shutil.rmtree(left, ignore_errors=True)
+        elif host == this_host():
+            remedy = f"stop it, or remove {left} if that is another program"
+            raise InputError(f"{out}: process {process} is preparing it", remedy)
+        elif host:
+            say(f"{left}: begun by process {process} of {host}; let alone, remove it if that is not running")

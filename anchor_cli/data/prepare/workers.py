@@ -1,0 +1,80 @@
+"""Worker processes for `prepare`: tasks go out in order and prepared rows come back in the same order.
+
+Memory: two parts a process, and one, are on their way at most. Workers end by themselves when their parent is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+import pyarrow as pa
+
+from anchor_cli.base.errors import RunError
+from anchor_cli.data.prepare.rows import Prepared, RowMaker, Task, Work
+
+
+def in_order(tasks: Iterator[Task], work: Work, num_proc: int) -> Iterator[Prepared]:
+    """`RowMaker` over the tasks, in this process or in `num_proc` others; at most a few parts are on their way."""
+    if num_proc <= 1:
+        with _one_thread_each():
+            yield from map(RowMaker(work), tasks)
+        return
+    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (work, os.getpid()))
+    underway: deque[Future[Prepared]] = deque()
+    try:
+        with _one_thread_each():
+            for task in tasks:
+                underway.append(pool.submit(_do, task))
+                if len(underway) > 2 * num_proc + 1:
+                    yield underway.popleft().result()
+            while underway:
+                yield underway.popleft().result()
+    except BrokenProcessPool:
+        remedy = "lower --num-proc or --max-characters"
+        raise RunError("a worker process died, as when memory runs out", remedy) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read by the library at every batch, inherited by workers
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+_maker: Callable[[Task], Prepared]
+
+
+def _start_worker(work: Work, parent: int) -> None:
+    global _maker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    pa.set_cpu_count(1)
+    _maker = RowMaker(work)
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _do(task: Task) -> Prepared:
+    return _maker(task)

@@ -1,0 +1,1 @@
+"""Files and Hub data sets of pairs, read piece by piece."""

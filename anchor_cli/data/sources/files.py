@@ -1,0 +1,276 @@
+"""Files of pairs, read piece by piece: JSONL, JSON, CSV, TSV, Parquet, Arrow, each plain, .gz or .zst.
+
+A `Part` is some megabyte of consecutive rows, still raw where that is cheap to pass on: workers parse. Rows count from
+0 in each file; in JSONL a row is its line, counted from 0. Memory: one part; a JSONL line beyond `Limits.line_bytes` is
+passed over without being held.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from anchor_cli.base.errors import InputError
+from anchor_cli.data.sources.csv_rows import csv_rows
+from anchor_cli.data.sources.file_bytes import COMPRESSED, LONGEST_LINE, format_of, opened
+
+_BLOCK_BYTES = 1 << 20
+_PART_ROWS = 1024
+_PART_CHARACTERS = 1 << 20
+_JSON_BUFFER = 1 << 28  # characters of one element of a JSON array; beyond them the file is damaged
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one row may hold."""
+
+    characters: int = 1_000_000
+    """Of a query or a document."""
+
+    @property
+    def line_bytes(self) -> int:
+        """Of a JSONL line: both texts with every character as two \\uXXXX escapes, and not less than 64 MiB."""
+        return max(24 * self.characters, 64 << 20)
+
+    @property
+    def quoted_characters(self) -> int:
+        """Of a CSV row that goes over several lines: beyond that a quote was never closed."""
+        return 4 * max(self.characters, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what."""
+
+    query: str
+    document: str
+    language: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.query, self.document, self.language) if name is not None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Stands for a value, or a whole row, that cannot even be passed on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a file."""
+
+    kind: Literal["lines", "table", "rows"]
+    """`lines`: bytes of JSONL. `table`: bytes of an Arrow stream. `rows`: a list of (query, document, language)."""
+    data: Any
+    first_row: int
+    num_rows: int
+
+
+Row = tuple[Any, Any, Any]
+"""(query, document, language) as the file has them, or `Fault`s."""
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of a file's columns: its schema, its header, or the keys of its first 100 rows."""
+    kind = format_of(path)
+    if kind in ("parquet", "arrow"):
+        with _arrow_reader(path) as (schema, _):
+            return list(schema.names)
+    if kind in ("csv", "tsv"):
+        with opened(path) as file:
+            return next(csv_rows(file, path, Limits().quoted_characters), [])
+    names: dict[str, None] = {}
+    for index, row in enumerate(_first_objects(path)):
+        names.update(dict.fromkeys(row))
+        if index == 100:
+            break
+    return list(names)
+
+
+def read_parts(path: Path, columns: Columns, limits: Limits) -> Iterator[Part]:
+    """All rows of a file, in order."""
+    kind = format_of(path)
+    if kind == "json" and not _is_array(path):
+        kind = "jsonl"
+    if kind == "jsonl":
+        with opened(path) as file:
+            yield from _line_parts(file, limits)
+    elif kind == "json":
+        with opened(path) as file:
+            yield from row_parts(_pick(_array_items(file, path), columns), limits)
+    elif kind in ("csv", "tsv"):
+        with opened(path) as file:
+            yield from row_parts(_csv_pairs(csv_rows(file, path, limits.quoted_characters), columns), limits)
+    else:
+        with _arrow_reader(path, columns) as (_, batches):
+            yield from table_parts(batches, columns)
+
+
+def row_parts(rows: Iterable[Row], limits: Limits) -> Iterator[Part]:
+    """Rows in lists of about a megabyte; a value beyond the limit is dropped here already."""
+    first, held, characters = 0, [], 0
+    for row in rows:
+        bounded = tuple(_bounded(value, limits) for value in row)
+        held.append(bounded)
+        characters += sum(len(value) for value in bounded if isinstance(value, str))
+        if len(held) == _PART_ROWS or characters >= _PART_CHARACTERS:
+            yield Part("rows", held, first, len(held))
+            first, held, characters = first + len(held), [], 0
+    if held:
+        yield Part("rows", held, first, len(held))
+
+
+def table_parts(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterator[Part]:
+    """Record batches cut into streams of at most 1,024 rows and about a megabyte."""
+    first = 0
+    for batch in batches:
+        batch = batch.select(columns.names)
+        per_row = max(batch.nbytes // max(batch.num_rows, 1), 1)
+        step = min(max(_PART_CHARACTERS // per_row, 1), _PART_ROWS)
+        for begin in range(0, batch.num_rows, step):
+            piece = batch.slice(begin, step)
+            sink = io.BytesIO()
+            with pa.ipc.new_stream(sink, piece.schema) as stream:
+                stream.write_batch(piece)
+            yield Part("table", sink.getvalue(), first, piece.num_rows)
+            first += piece.num_rows
+
+
+def _bounded(value: Any, limits: Limits) -> Any:
+    if isinstance(value, str) and len(value) > limits.characters:
+        return Fault("over_long")
+    if isinstance(value, list):
+        return [_bounded(item, limits) for item in value]
+    return value
+
+
+def _line_parts(file: IO[bytes], limits: Limits) -> Iterator[Part]:
+    row, held, too_long = 0, bytearray(), False
+    block = file.read(_BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf")
+    while block:
+        end = block.rfind(b"\n") + 1
+        if too_long and end:
+            yield Part("rows", [(Fault("over_long"),) * 3], row, 1)
+            row, too_long = row + 1, False
+            block = block[block.index(b"\n") + 1 :]
+            end = block.rfind(b"\n") + 1
+        if end:
+            held += block[:end]
+            num_lines = held.count(b"\n")
+            yield Part("lines", bytes(held), row, num_lines)
+            row, held = row + num_lines, bytearray(block[end:])
+        elif not too_long:
+            held += block
+            if len(held) > limits.line_bytes:
+                too_long, held = True, bytearray()
+        block = file.read(_BLOCK_BYTES)
+    if too_long:
+        yield Part("rows", [(Fault("over_long"),) * 3], row, 1)
+    elif held:
+        yield Part("lines", bytes(held), row, 1)
+
+
+def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[Row]:
+    header = next(rows, [])
+    at = [header.index(name) for name in columns.names]
+    for row in rows:
+        if len(row) != len(header):
+            yield (Fault("unreadable"),) * 3
+        else:
+            yield tuple([*(row[index] for index in at), None][:3])  # type: ignore[misc]
+
+
+def _pick(items: Iterable[Any], columns: Columns) -> Iterator[Row]:
+    for item in items:
+        if isinstance(item, dict):
+            language = item.get(columns.language) if columns.language else None
+            yield item.get(columns.query), item.get(columns.document), language
+        else:
+            yield (Fault("unreadable"),) * 3
+
+
+def _is_array(path: Path) -> bool:
+    with opened(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith(b"[")
+
+
+def _array_items(file: IO[bytes], path: Path) -> Iterator[Any]:
+    """Elements of one JSON array, decoded one after the other; bytes that are not UTF-8 are escaped."""
+    decoder = json.JSONDecoder()
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+    buffer, at, want, number = text.read(_BLOCK_BYTES).lstrip()[1:], 0, _BLOCK_BYTES, 0
+    while True:
+        while at < len(buffer) and buffer[at] in " \t\r\n,":
+            at += 1
+        try:
+            if at == len(buffer):
+                raise ValueError("the array is not closed")
+            if buffer[at] == "]":
+                return
+            item, end = decoder.raw_decode(buffer, at)
+            if end == len(buffer) and not isinstance(item, dict | list | str):
+                raise ValueError("a number may go on in the next block")
+        except (ValueError, RecursionError) as error:
+            more = text.read(want) if len(buffer) - at < _JSON_BUFFER else ""
+            if not more:
+                raise InputError(f"{path}: item {number} is not JSON: {error}", "is the file whole?") from None
+            buffer, at, want = buffer[at:] + more, 0, 2 * want  # doubling: a long element is not read again and again
+            continue
+        yield item
+        number, at = number + 1, end
+        if at > _BLOCK_BYTES:
+            buffer, at, want = buffer[at:], 0, _BLOCK_BYTES
+
+
+def _first_objects(path: Path) -> Iterator[dict[str, Any]]:
+    if format_of(path) == "json" and _is_array(path):
+        with opened(path) as file:
+            yield from (item for item in _array_items(file, path) if isinstance(item, dict))
+        return
+    with opened(path) as file:
+        for _ in range(1000):
+            line = file.readline(LONGEST_LINE)
+            if not line:
+                return
+            try:
+                item = json.loads(line.decode("utf-8-sig", "replace"))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(item, dict):
+                yield item
+
+
+@contextmanager
+def _arrow_reader(path: Path, columns: Columns | None = None) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """(schema, record batches) of a Parquet, Arrow stream or Arrow file; a compressed one goes through a spool file."""
+    with opened(path) as file, tempfile.TemporaryFile() as spool:
+        if path.suffix.lower() in COMPRESSED:
+            while block := file.read(_BLOCK_BYTES):
+                spool.write(block)
+            spool.seek(0)
+            file = spool
+        if format_of(path) == "parquet":
+            parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else it holds a whole row group
+            names = None if columns is None else columns.names
+            yield parquet.schema_arrow, parquet.iter_batches(_PART_ROWS, columns=names, use_threads=False)
+            return
+        if file.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            yield reader.schema, (reader.get_batch(index) for index in range(reader.num_record_batches))
+            return
+        file.seek(0)
+        stream = pa.ipc.open_stream(file)
+        yield stream.schema, iter(stream)

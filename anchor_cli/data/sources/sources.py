@@ -1,0 +1,288 @@
+"""What a SOURCE of the command line means: which files or Hub data set, which columns, how many rows, which bytes.
+
+DIR         written by `datasets.save_to_disk`: a Dataset, or a DatasetDict (its `train` split, or the one `split`
+            names); or a folder of data files
+FILE, GLOB  .jsonl .json .csv .tsv .parquet .arrow, each also .gz or .zst; the files of a glob in order of name
+ORG/NAME    a data set of the Hub, streamed
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anchor_cli.base.console import say
+from anchor_cli.base.errors import InputError, RunError, nearest
+from anchor_cli.base.hub import revision_of
+from anchor_cli.data.sources.file_bytes import format_of
+from anchor_cli.data.sources.files import Columns, Limits, Part, Row, column_names, read_parts, row_parts
+from anchor_cli.data.sources.sizes import look_at
+
+QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
+DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
+_SPLITS = "dataset_dict.json"
+LANGUAGE_NAMES = ("language", "lang")
+_USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """One file of a source, or a whole data set of the Hub."""
+
+    name: str
+    """Path as the user will know it, or `ORG/NAME[split]`."""
+    columns: Columns
+    path: Path | None
+    """None for the Hub."""
+    hub: HubSet | None = None
+
+    def parts(self, limits: Limits) -> Iterator[Part]:
+        """All its rows, in order."""
+        if self.path is not None:
+            yield from read_parts(self.path, self.columns, limits)
+        elif self.hub is not None:
+            yield from row_parts(self.hub.rows(self.columns), limits)
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set of the Hub, as `load_dataset(id, subset, split=split, streaming=True)` gives it."""
+
+    identifier: str
+    subset: str | None
+    split: str
+
+    def open(self) -> Any:
+        """The library's IterableDataset.
+
+        Raises:
+            InputError: no such data set, subset or split. RunError: the Hub cannot be reached.
+        """
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.identifier, self.subset, split=self.split, streaming=True)
+        except ValueError as error:  # no such subset or split
+            remedy = "--split and --subset name parts of it"
+            raise InputError(f"{self.identifier}: {_first_line(error)}", remedy) from None
+        except Exception as error:  # no network, no such set, no access: the libraries raise a dozen kinds
+            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {_first_line(error)}"
+            raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
+
+    def rows(self, columns: Columns) -> Iterator[Row]:
+        """(query, document, language) of every row, as the Hub gives them. Raises RunError when it stops giving."""
+        rows, number = iter(self.open()), 0
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                message = f"{self.identifier}: the Hub stopped giving after row {number}: {_first_line(error)}"
+                raise RunError(message, "run the same command again; it starts over") from None
+            number += 1
+            language = row.get(columns.language) if columns.language else None
+            yield row.get(columns.query), row.get(columns.document), language
+
+
+@dataclass(frozen=True)
+class Source:
+    """One SOURCE of the command line."""
+
+    spec: str
+    files: list[PairFile]
+    fingerprint: str
+    """SHA-256 over its files' bytes; for the Hub, over the identifier, revision and split."""
+    rows_hint: int | None
+    """How many rows it has, for the progress bar; None when only reading would tell."""
+    num_bytes: int | None = None
+    """Of its files as they lie on the disk; None for the Hub."""
+
+    def count_rows(self, limits: Limits) -> int:
+        """Exactly how many rows it has: reads all of it."""
+        return sum(part.num_rows for file in self.files for part in file.parts(limits))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user said about all sources; None is guessed, and said aloud."""
+
+    query_column: str | None = None
+    document_column: str | None = None
+    language_column: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    told: set[str] = field(default_factory=set)
+
+
+def open_source(spec: str, asked: Asked) -> Source:
+    """Find out what `spec` means, read its columns and fingerprint.
+
+    Raises:
+        InputError: nothing is there, or its columns are not those asked for or cannot be guessed.
+        RunError: it can only be of the Hub, which cannot be reached.
+    """
+    if is_hub_id(spec):
+        return _hub_source(spec, asked)
+    place = Path(spec).expanduser()
+    paths = _folder_files(place, asked.split) if place.is_dir() else matching_files(spec)
+    files = []
+    for path in paths:
+        if format_of(path) is None:
+            known = "expected .jsonl .json .csv .tsv .parquet .arrow, plain, .gz or .zst"
+            raise InputError(f"{path}: unknown kind of file", known)
+        names = column_names(path)
+        if not names and len(paths) > 1:
+            say(f"{path}: empty, passed over")
+            continue
+        files.append(PairFile(str(path), choose_columns(names, str(path), asked), path))
+    fingerprint, rows_hint = look_at(paths)
+    return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` can only be a data set of the Hub: it has that form, and nothing of that name is here."""
+    here = Path(spec).expanduser().exists() or glob.has_magic(spec)
+    return not here and _HUB_ID.fullmatch(spec) is not None and format_of(spec) is None
+
+
+def matching_files(spec: str) -> list[Path]:
+    """The file, or the files of a glob in order of name. Raises InputError when there is none."""
+    place = Path(spec).expanduser()
+    if place.is_file():
+        return [place]
+    if not glob.has_magic(spec):
+        raise InputError(f"{spec}: no such file or folder", _near_file(place))
+    paths = [Path(found) for found in sorted(glob.glob(str(place), recursive=True)) if Path(found).is_file()]
+    if not paths:
+        raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")
+    return paths
+
+
+def require_parts(specs: Sequence[str], asked: Asked) -> None:
+    """Refuse a `--split` or `--subset` that no source has; say which of several is read whole.
+
+    Raises:
+        InputError: it would change nothing.
+    """
+    hub = [spec for spec in specs if is_hub_id(spec)]
+    split = [spec for spec in specs if spec in hub or (Path(spec).expanduser() / _SPLITS).is_file()]
+    for option, value, having in (("split", asked.split, split), ("subset", asked.subset, hub)):
+        without = [spec for spec in specs if spec not in having] if value is not None else []
+        if without and not having:
+            owner = "a data set of the Hub" if option == "subset" else "a DatasetDict or a data set of the Hub"
+            hint = f"only {owner} has them; name the folder or the files that you want"
+            raise InputError(f"--{option} {value}: {', '.join(without)}: no {option}s there", hint)
+        for spec in without:
+            say(f"{spec}: no {option}s there; read whole")
+
+
+def choose_columns(names: Sequence[str], where: str, asked: Asked) -> Columns:
+    """The columns asked for, or the only likely ones.
+
+    Raises:
+        InputError: a column is not there, or several would do.
+    """
+    for wanted in (asked.query_column, asked.document_column, asked.language_column):
+        if wanted is not None and wanted not in names:
+            near = nearest(wanted, names)
+            hint = f"did you mean {near}?" if near else None
+            raise InputError(f"{where}: no column {wanted!r}, its columns are {', '.join(names) or '(none)'}", hint)
+    query, document = asked.query_column, asked.document_column
+    if query is None and document is None:
+        usual = [pair for pair in _USUAL_PAIRS if set(pair) <= set(names)]
+        if len(usual) == 1:
+            query, document = usual[0]
+    query = query or _only(QUERY_NAMES, names, document, where, "query")
+    document = document or _only(DOCUMENT_NAMES, names, query, where, "document")
+    language = asked.language_column or next((name for name in LANGUAGE_NAMES if name in names), None)
+    columns = Columns(query, document, language)
+    _say_once(columns, where, asked)
+    return columns
+
+
+def _only(likely: Sequence[str], names: Sequence[str], other: str | None, where: str, side: str) -> str:
+    found = [name for name in names if name.lower() in likely and name != other]
+    if len(found) == 1:
+        return found[0]
+    problem = f"{' or '.join(found)}?" if found else f"none of {', '.join(names) or '(no columns)'} is known as one"
+    raise InputError(f"{where}: which column is the {side}: {problem}", f"say --{side}-column NAME")
+
+
+def _say_once(columns: Columns, where: str, asked: Asked) -> None:
+    guessed = []
+    if asked.query_column is None:
+        guessed.append(f"query = {columns.query}")
+    if asked.document_column is None:
+        guessed.append(f"document = {columns.document}")
+    if asked.language_column is None and columns.language is not None:
+        guessed.append(f"language = {columns.language}")
+    line = ", ".join(guessed)
+    if line and line not in asked.told:
+        asked.told.add(line)
+        say(f"{where}: columns guessed: {line}")
+
+
+def _folder_files(folder: Path, split: str | None) -> list[Path]:
+    if (folder / _SPLITS).is_file():
+        splits: list[str] = _json(folder / _SPLITS).get("splits", [])
+        chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
+        if chosen is None or chosen not in splits:
+            raise InputError(f"{folder}: which split: {', '.join(splits)}", "say --split NAME")
+        if split is None:
+            say(f"{folder}: split {chosen} of {', '.join(splits)}")
+        folder = folder / chosen
+    if (folder / "state.json").is_file():
+        state = _json(folder / "state.json")
+        if state.get("_indices_data_files"):
+            remedy = "load_from_disk(…).flatten_indices().save_to_disk(…) writes it anew"
+            raise InputError(f"{folder}: written by an old datasets, with an indices mapping", remedy)
+        paths = [folder / entry["filename"] for entry in state.get("_data_files", [])]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise InputError(f"{missing[0]}: not found, but {folder / 'state.json'} names it", "is the folder whole?")
+        return paths
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path))
+    if not paths:
+        raise InputError(f"{folder}: no data in it", "expected a folder of datasets.save_to_disk, or of data files")
+    named = ", ".join(path.name for path in paths[:5])
+    say(f"{folder}: reading {len(paths)} file{'s' * (len(paths) > 1)}: {named}{', …' * (len(paths) > 5)}")
+    return paths
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _hub_source(spec: str, asked: Asked) -> Source:
+    hub = HubSet(spec, asked.subset, asked.split or "train")
+    say(f"{spec}: no such file here; reading split {hub.split} from the Hub")
+    stream = hub.open()
+    names = stream.column_names or list(next(iter(stream), {}))
+    info = stream.info
+    sizes = {name: part.num_examples for name, part in (info.splits or {}).items()} if info is not None else {}
+    told = json.dumps([spec, hub.subset, hub.split, revision_of(spec)])
+    name = f"{spec}[{hub.split}]"
+    file = PairFile(name, choose_columns(names, name, asked), None, hub)
+    return Source(spec, [file], hashlib.sha256(told.encode()).hexdigest(), sizes.get(hub.split))
+
+
+def _near_file(place: Path) -> str | None:
+    if not place.parent.is_dir():
+        return f"{place.parent} is no folder either"
+    near = nearest(place.name, [path.name for path in place.parent.iterdir()])
+    return f"did you mean {place.parent / near}?" if near else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,132 @@
+"""The training set of a spec: its text contract, and its prepared pairs, made now if they are raw."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from anchor_cli.base.console import say
+from anchor_cli.base.contract import FILE_NAME as CONTRACT
+from anchor_cli.base.contract import TextContract, differences, read_contract
+from anchor_cli.base.errors import InputError
+from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.data.text import eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.spec.spec import RunSpec
+
+_OF_THE_MODEL = frozenset({"text_template", "pooling_mode", "eos_token", "eos_token_id", "tokenizer_fingerprint"})
+"""What a trained model cannot do otherwise; length and instructions are the next run's to choose."""
+
+
+def contract_for(spec: RunSpec) -> TextContract:
+    """The text contract that this spec trains under, with its model's tokenizer.
+
+    Raises:
+        InputError: no tokenizer, or the model is a checkpoint or export that was trained under another contract.
+    """
+    tokenizer = load_tokenizer(spec.model_name_or_path)
+    eos_token, eos_token_id = eos_of(tokenizer, spec.text_template)
+    contract = TextContract(
+        text_template=spec.text_template,
+        instructions=spec.query_instructions,
+        training_instructions=spec.training_instructions,
+        max_seq_length=spec.max_seq_length,
+        pooling_mode=spec.pooling_mode,
+        eos_token=eos_token,
+        eos_token_id=eos_token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    require_contract_of(Path(spec.model_name_or_path).expanduser(), contract)
+    return contract
+
+
+def require_contract_of(model: Path, contract: TextContract) -> None:
+    """Refuse a model folder whose `anchor.json` promises another treatment of texts; without one anything goes.
+
+    Raises:
+        InputError: the first difference; the hint says how to agree.
+    """
+    if not (model / CONTRACT).is_file():
+        return
+    found = [line for line in differences(read_contract(model), contract) if line.split(":")[0] in _OF_THE_MODEL]
+    if any(line.startswith("tokenizer_fingerprint") for line in found):
+        raise InputError(
+            f"{model}: was trained with another tokenizer than this run's",
+            "take the tokenizer.json that belongs to it, and data prepared with that",
+        )
+    if found:
+        raise InputError(
+            f"{model}: was trained under another text contract: {found[0]}",
+            f"put the first value into the spec, or begin from a model without {CONTRACT}",
+        )
+
+
+def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
+    """The prepared folder of the spec's data: itself, or one made now (and found again) below `output_dir`.
+
+    Raises:
+        InputError: prepared for another tokenizer, template, instruction or length, or not readable.
+    """
+    source = Path(spec.dataset_file_path).expanduser()
+    if (source / MANIFEST).is_file():
+        return source
+    folder = _prepared_folder(spec, source, contract)
+    if not (folder / MANIFEST).is_file():
+        from anchor_cli.data.prepare.prepare import prepare
+
+        say(f"{source}: raw data; preparing it once into {folder}")
+        prepare(
+            [str(spec.dataset_file_path)],
+            folder,
+            tokenizer=spec.model_name_or_path,
+            max_seq_length=contract.max_seq_length,
+            text_template=contract.text_template,
+            instructions=contract.instructions,
+            training_instructions=contract.training_instructions,
+            num_proc=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        )
+    return folder
+
+
+def _prepared_folder(spec: RunSpec, source: Path, contract: TextContract) -> Path:
+    """Where the data of a raw source are prepared; a name for each state of the source and each contract."""
+    from anchor_cli.base.hub import revision_of
+    from anchor_cli.data.sources.sources import is_hub_id
+
+    below = Path(spec.output_dir).expanduser() / "prepared"
+    if not is_hub_id(spec.dataset_file_path):
+        told = f"{source.absolute()}\n{_age(source)}\n{contract.model_dump_json()}"
+        name = re.sub(r"[*?\[\]]", "", source.name.split(".")[0]) or "files"
+        return below / f"{name}-{_digest(told)}"
+    stem = f"{source.name}-{_digest(spec.dataset_file_path + contract.model_dump_json())}"
+    revision = revision_of(spec.dataset_file_path)
+    if revision is not None:
+        return below / f"{stem}-{revision[:12]}"
+    earlier = sorted(below.glob(f"{glob.escape(stem)}-*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    if not earlier:
+        return below / f"{stem}-unknown"
+    say(f"{spec.dataset_file_path}: the Hub cannot be asked; taking what was prepared last, {earlier[-1].parent}")
+    return earlier[-1].parent
+
+
+def _digest(told: str) -> str:
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def _age(source: Path) -> str:
+    """Sizes and times of the source's files: a raw source that changed is prepared again."""
+    from anchor_cli.data.sources.sources import matching_files
+
+    files = sorted(source.rglob("*")) if source.is_dir() else matching_files(str(source))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    return json.dumps(stats)
+
+
+def open_data(folder: Path, contract: TextContract) -> PreparedPairs:
+    """The prepared pairs, refused when they were made for another contract."""
+    pairs = PreparedPairs.open(folder)
+    pairs.require(contract)
+    return pairs

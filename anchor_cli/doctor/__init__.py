@@ -1,0 +1,1 @@
+"""Floor 6: `anchor doctor`: is this host fit to train."""

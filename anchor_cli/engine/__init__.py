@@ -1,1 +1,0 @@
-"""Floor 3: training loop, checkpoints, metrics log, launch, evaluation, export."""

@@ -1,0 +1,190 @@
+"""Several models on the same benchmarks: the JSON document, tables, paired differences."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anchor_cli.base.console import console, warn
+from anchor_cli.base.metric_names import ALIGNMENT, HEALTH_KEYS, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
+from anchor_cli.evaluate.evaluate import BenchmarkResult, summary
+from anchor_cli.evaluate.metrics import Interval, bootstrap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+COLLAPSED_FROM = 0.5
+"""Assumption: above this share of near-identical documents the embeddings have collapsed."""
+_HEALTH_TITLES = {
+    ALIGNMENT: "alignment",
+    UNIFORMITY: "uniformity",
+    MEAN_COSINE: "mean cosine",
+    NEAR_IDENTICAL: "near-identical",
+}
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model on all benchmarks."""
+
+    model: str
+    """As given: a path, a Hub id, or `bm25`."""
+    results: list[BenchmarkResult]
+
+    def mean(self, metric: str) -> float:
+        """Mean of a metric over benchmarks."""
+        return float(summary(self.results)["avg"][metric])
+
+    def uncertainty(self, metric: str) -> Interval:
+        """95 % interval of the mean."""
+        return bootstrap([result.per_query[metric] for result in self.results])
+
+    def difference(self, first: ModelResult, metric: str) -> Interval:
+        """This model minus `first`, paired by query, with its 95 % interval."""
+        pairs = zip(self.results, first.results)
+        return bootstrap([ours.per_query[metric] - theirs.per_query[metric] for ours, theirs in pairs])
+
+
+def document(model: ModelResult, metrics: Sequence[str]) -> dict[str, Any]:
+    """`{"model": …, "results": {"ko/NanoNQ": {"ndcg@10": …}}, "avg": {…}}` (design §4)."""
+    outcome = summary(model.results)
+    results = {name: {metric: row[metric] for metric in metrics} for name, row in outcome["results"].items()}
+    return {"model": model.model, "results": results, "avg": {metric: outcome["avg"][metric] for metric in metrics}}
+
+
+def details(model: ModelResult, first: ModelResult, metrics: Sequence[str]) -> dict[str, Any]:
+    """What `--details` adds to `document`: numbers of queries, intervals, embedding health."""
+    outcome = summary(model.results)
+    health = {name: {key: row[key] for key in HEALTH_KEYS if key in row} for name, row in outcome["results"].items()}
+    more: dict[str, Any] = {
+        "num_queries": {result.benchmark.name: len(result.query_ids) for result in model.results},
+        "num_documents": {result.benchmark.name: len(result.benchmark.corpus) for result in model.results},
+        "interval_95": {metric: model.uncertainty(metric)[1:] for metric in metrics},
+    }
+    if any(health.values()):
+        more["health"] = health
+    if model is not first:
+        more["difference_to_first"] = {metric: model.difference(first, metric)._asdict() for metric in metrics}
+    return more
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that still differ: `checkpoint-2000`, or `run-a/checkpoint-2000`."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for length in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-length:]) for part in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)
+
+
+def show(models: Sequence[ModelResult], metrics: Sequence[str], *, on_stderr: bool) -> None:
+    """The result for a person: one table for one model, one table a metric for several, and embedding health."""
+    out = _console(on_stderr)
+    if len(models) == 1:
+        out.print(_single_table(models[0], metrics))
+    else:
+        for metric in metrics:
+            out.print(_comparison_table(models, metric))
+    health = _health_table(models)
+    if health is not None:
+        out.print(health)
+    out.print(_reading_help(models))
+    for line in collapsed(models):
+        warn(line)
+
+
+def _console(on_stderr: bool) -> Console:
+    if on_stderr:
+        return console()
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 200  # in a file or a pipe no column is cut
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
+
+
+def _reading_help(models: Sequence[ModelResult]) -> str:
+    queries = [len(result.query_ids) for result in models[0].results]
+    noise = "A score from 50 queries is uncertain by about ±0.05 or more."
+    if len(models) == 1:
+        return f"{sum(queries):,} queries; ± 95 %: bootstrap over queries. {noise}"
+    return (
+        f"{sum(queries):,} queries. Differences are to the first model, paired by query; 95 %: bootstrap within each "
+        f"benchmark.\nAn interval that holds 0 shows no difference. {noise}"
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    return table
+
+
+def _single_table(model: ModelResult, metrics: Sequence[str]) -> Table:
+    table = _table(model.model, "benchmark", "queries", "documents", *metrics, f"± 95 % {metrics[0]}")
+    for result in model.results:
+        means = result.means()
+        half = _half(bootstrap([result.per_query[metrics[0]]]))
+        sizes = [f"{len(result.query_ids):,}", f"{len(result.benchmark.corpus):,}"]
+        table.add_row(result.benchmark.name, *sizes, *[f"{means[metric]:.4f}" for metric in metrics], f"{half:.3f}")
+    if len(model.results) > 1:
+        table.add_section()
+        half = _half(model.uncertainty(metrics[0]))
+        table.add_row("avg", "", "", *[f"{model.mean(metric):.4f}" for metric in metrics], f"{half:.3f}", style="bold")
+    return table
+
+
+def _half(interval: Interval) -> float:
+    return (interval.high - interval.low) / 2
+
+
+def _comparison_table(models: Sequence[ModelResult], metric: str) -> Table:
+    """A row a benchmark, the best in bold; below, the difference to the first model with its interval."""
+    table = _table(metric, "benchmark", "queries", *labels([model.model for model in models]))
+    for index, result in enumerate(models[0].results):
+        values = [model.results[index].means()[metric] for model in models]
+        table.add_row(result.benchmark.name, f"{len(result.query_ids):,}", *_best_in_bold(values))
+    table.add_section()
+    queries = sum(len(result.query_ids) for result in models[0].results)
+    table.add_row("avg", f"{queries:,}", *_best_in_bold([model.mean(metric) for model in models]))
+    gaps = [model.difference(models[0], metric) for model in models[1:]]
+    table.add_row("difference", "", "", *[f"{gap.mean:+.4f}" for gap in gaps])
+    table.add_row("95 %", "", "", *[f"{gap.low:+.4f} … {gap.high:+.4f}" for gap in gaps])
+    return table
+
+
+def _best_in_bold(values: Sequence[float]) -> list[Text]:
+    from rich.text import Text
+
+    shown = [f"{value:.4f}" for value in values]
+    best = f"{max(values):.4f}"
+    return [Text(text, style="bold" if text == best else "") for text in shown]
+
+
+def _health_table(models: Sequence[ModelResult]) -> Table | None:
+    """Embedding health, mean over benchmarks, a row a model; None when no model has any."""
+    table = _table("embedding health", "model", *_HEALTH_TITLES.values())
+    for label, model in zip(labels([model.model for model in models]), models):
+        average = summary(model.results)["avg"]
+        if NEAR_IDENTICAL in average:
+            table.add_row(label, *[f"{average[key]:.3f}" for key in _HEALTH_TITLES])
+    return table if table.row_count else None
+
+
+def collapsed(models: Sequence[ModelResult]) -> list[str]:
+    """A line for every model whose embeddings have collapsed on a benchmark."""
+    return [
+        f"{model.model}: {result.health[NEAR_IDENTICAL]:.0%} of the documents of {result.benchmark.name} have a "
+        "near-identical other document: the embeddings have collapsed"
+        for model in models
+        for result in model.results
+        if result.health.get(NEAR_IDENTICAL, 0.0) > COLLAPSED_FROM
+    ]

@@ -1,0 +1,147 @@
+"""From the names of models to their results: finding, checking, loading and evaluating each in turn."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchor_cli.base.checkpoints import find_checkpoint, is_ours, list_checkpoints, newest_checkpoint, verify_checkpoint
+from anchor_cli.base.console import progress, say
+from anchor_cli.base.errors import AnchorError, InputError
+from anchor_cli.base.runs import last_run
+from anchor_cli.data.benchmarks.beir import Benchmark
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.evaluate.compare import ModelResult
+from anchor_cli.evaluate.embedder import Embedder, load_embedder
+from anchor_cli.evaluate.evaluate import BenchmarkResult, evaluate_bm25, evaluate_one
+from anchor_cli.evaluate.metrics import parse_metric
+
+DEPTH = 100
+"""Documents kept for every query, for run files and for showing where the right one was."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NOT_WEIGHTS = ["*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "openvino/*", "onnx/*", "*.gguf"]
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """A model to evaluate."""
+
+    name: str
+    """As shown and as in the JSON: its folder, or its Hub id."""
+    folder: Path
+
+
+def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelPlace]:
+    """The folders that `names` mean: paths, checkpoints of runs, Hub ids. Without names the newest of the last run.
+
+    Raises:
+        InputError: not found, here or on the Hub; ambiguous, half-written, or not a model folder.
+    """
+    if not names and default:
+        run = last_run()
+        newest = newest_checkpoint(run)
+        if newest is None:
+            raise InputError(f"{run}: the last run has no checkpoint yet", "name a checkpoint or a model folder")
+        return [_checked(str(newest), newest)]
+    places = [_place(name) for name in names]
+    for index, place in enumerate(places):
+        if place.folder.resolve() in [other.folder.resolve() for other in places[:index]]:
+            raise InputError(f"{names[index]}: given twice, {place.folder}")
+    return places
+
+
+def _place(name: str) -> ModelPlace:
+    try:
+        folder = find_checkpoint(name)
+    except InputError as error:
+        if not _HUB_ID.fullmatch(name) or "checkpoint" in name or Path(name).parent.exists():
+            raise
+        return _checked(name, _from_hub(name, error))
+    return _checked(str(folder), folder)
+
+
+def _checked(name: str, folder: Path) -> ModelPlace:
+    """The place, once it is sure that a whole model is there."""
+    if is_ours(folder) and (problems := verify_checkpoint(folder, hashes=False)):
+        others = [path.name for path in list_checkpoints(folder.parent) if path != folder]
+        hint = f"choose another checkpoint: {', '.join(others)}" if others else "it cannot be used"
+        raise InputError(f"{folder}: not a whole checkpoint: {problems[0]}", hint)
+    if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+        return ModelPlace(name, folder)
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: an adapter (PEFT), not a model", "merge it into its base model first")
+    inside = [path.name for path in list_checkpoints(folder)]
+    hint = f"name one of its checkpoints: {', '.join(inside)}" if inside else "expected a checkpoint or a model folder"
+    raise InputError(f"{folder}: not a model: no config.json and no modules.json", hint)
+
+
+def _from_hub(name: str, not_here: InputError) -> Path:
+    from huggingface_hub import snapshot_download
+
+    say(f"{name}: fetching from the Hub")
+    try:
+        return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{not_here.message}; nor on the Hub: {first}", not_here.hint) from error
+
+
+def evaluate_models(
+    models: Sequence[ModelPlace],
+    data: Sequence[str] | None,
+    *,
+    metrics: Sequence[str],
+    baseline: bool = False,
+    batch_tokens: int = 16384,
+    device: str | None = None,
+) -> list[ModelResult]:
+    """Every model, then the BM25 baseline if asked for, on the benchmarks that `data` means.
+
+    Raises:
+        InputError, RunError: a benchmark or a model cannot be loaded, or an embedding is not finite.
+    """
+    for metric in metrics:
+        parse_metric(metric)
+    benchmarks = load_benchmarks(data)
+    for benchmark in benchmarks:
+        for note in benchmark.notes:
+            say(note)
+    outcome = []
+    for model in models:
+        embedder = _load(model, batch_tokens, device)
+        outcome.append(ModelResult(model.name, _run(embedder, model.name, benchmarks, metrics, device)))
+        del embedder
+        gc.collect()
+    if baseline:
+        rows = [evaluate_bm25(benchmark, metrics=metrics, depth=DEPTH) for benchmark in benchmarks]
+        outcome.append(ModelResult("bm25", rows))
+    return outcome
+
+
+def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # "Loading weights" says nothing to the person and is done in a moment
+    try:
+        return load_embedder(model.folder, batch_tokens=batch_tokens, device=device)
+    except AnchorError:
+        raise
+    except Exception as error:  # a damaged weight file, an architecture that transformers does not know, …
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"{model.folder}: cannot be loaded: {type(error).__name__}: {first}") from error
+
+
+def _run(
+    embedder: Embedder, name: str, benchmarks: Sequence[Benchmark], metrics: Sequence[str], device: str | None
+) -> list[BenchmarkResult]:
+    num_texts = sum(
+        len(set(benchmark.queries.values())) + len(set(benchmark.corpus.values())) for benchmark in benchmarks
+    )
+    with progress(f"encoding with {Path(name).name}", num_texts, "texts") as bar:
+        return [
+            evaluate_one(embedder, benchmark, metrics=metrics, depth=DEPTH, device=device, advance=bar.advance)
+            for benchmark in benchmarks
+        ]

@@ -1,0 +1,197 @@
+"""What would stop a run later, looked for now: files, GPUs, memory, disk, kernels, contradictions."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from anchor_cli.base.check import Check
+from anchor_cli.base.errors import AnchorError, InputError
+from anchor_cli.base.files import free_bytes
+from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
+from anchor_cli.data.benchmarks.benchmarks import (
+    DEFAULT_DATA,
+    SNAPSHOT_VARIABLE,
+    is_hub_id,
+    language_and_place,
+    parts_of,
+)
+from anchor_cli.data.benchmarks.nanobeir import MANIFEST_FILE, is_nano_folder
+from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.data.training_set import contract_for
+from anchor_cli.model.kernel_packages import FLASH_MODULES, INSTALL_FLASH_ATTN
+from anchor_cli.plan.estimate import Estimate, Hardware
+from anchor_cli.plan.hardware import local_gpus
+from anchor_cli.plan.inputs import place_of
+from anchor_cli.plan.memory import USABLE_SHARE
+from anchor_cli.spec.deepspeed import resolve_ds_config
+from anchor_cli.spec.spec import RunSpec
+
+GB = 1e9
+
+
+def examine(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
+    """One check after the other; `elsewhere` below means: planned for GPUs that this machine has not."""
+    elsewhere = hardware.gpu is not None and not local_gpus()
+    yield from _model(spec)
+    yield from _data(spec)
+    yield from _gpus(hardware, elsewhere)
+    yield from _memory(made)
+    yield from _disk(spec, made, elsewhere)
+    yield from _deepspeed(spec, hardware, made, ds_config)
+    yield from _kernel(spec, hardware, elsewhere)
+    yield from _schedule(made)
+    yield from _benchmarks(spec)
+
+
+def _model(spec: RunSpec) -> Iterator[Check]:
+    name, folder = spec.model_name_or_path, Path(spec.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        yield Check("model", "warn", f"{name}: no folder here, it will be taken from the Hub",
+                    "give a folder when the training host has no network")  # fmt: skip
+    elif not any(folder.glob("*.safetensors")):
+        yield Check("model", "fail", f"{folder}: no *.safetensors", "copy the weights there")
+    else:
+        yield Check("model", "ok", str(folder))
+
+
+def _data(spec: RunSpec) -> Iterator[Check]:
+    source, place = spec.dataset_file_path, place_of(spec.dataset_file_path)
+    prepare = f"anchor prepare {shlex.quote(source)} --out DIR --tokenizer {spec.model_name_or_path} does it now"
+    if place == "nowhere":
+        yield Check("data", "fail", f"{source}: not found on this machine", "anchor prepare SOURCE… --out DIR")
+    elif place == "hub":
+        yield Check("data", "warn", f"{source}: not here; training will take it from the Hub and prepare it", prepare)
+    elif place == "raw":
+        yield Check("data", "warn", f"{source}: raw, training will prepare it first", prepare)
+    else:
+        try:
+            PreparedPairs.open(Path(source).expanduser()).require(contract_for(spec))
+        except AnchorError as error:
+            yield Check("data", "fail", error.message, error.hint or "anchor prepare")
+        else:
+            yield Check("data", "ok", f"{source}: prepared under this spec's text contract")
+
+
+def _gpus(hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
+    if hardware.gpu is None:
+        remedy = "--gpu h100-nvl --num-gpus 2 plans for GPUs"
+        yield Check("GPUs", "warn", "none here: planned for CPU processes", remedy)
+    elif elsewhere:
+        yield Check("GPUs", "warn", f"planned for {hardware.num_gpus} x {hardware.gpu.name}, this machine has none",
+                    "run anchor doctor on the training host")  # fmt: skip
+    elif len(found := local_gpus()) < hardware.num_gpus:
+        yield Check("GPUs", "fail", f"{len(found)} here, {hardware.num_gpus} wanted", f"--num-gpus {len(found)}")
+    else:
+        yield Check("GPUs", "ok", f"{len(found)} x {found[0][0]}")
+
+
+def _memory(made: Estimate) -> Iterator[Check]:
+    if made.memory is None or made.device_bytes is None:
+        return
+    need, have = made.memory.total / GB, made.device_bytes / GB
+    said = f"{need:.0f} of {have:.0f} GB a card"
+    if need > have:
+        yield Check("memory", "fail", said, "lower max_tokens_per_micro_batch, or gradient_checkpointing: true")
+    elif need > USABLE_SHARE * have:
+        yield Check("memory", "warn", f"{said}: tight", "lower max_tokens_per_micro_batch")
+    elif made.cut.gradient_checkpointing and made.cut.checkpointing_source == "the spec":
+        yield Check("memory", "ok", f'{said}, with gradient checkpointing as the spec says ("auto" may be faster)')
+    else:
+        yield Check("memory", "ok", said)
+
+
+def _disk(spec: RunSpec, made: Estimate, elsewhere: bool) -> Iterator[Check]:
+    free, need = free_bytes(_existing(spec.run_folder)), made.disk.total_bytes
+    said = f"{made.disk.checkpoints_kept} checkpoints of {made.disk.checkpoint_bytes / GB:.1f} GB: {need / GB:.0f} GB"
+    if elsewhere:
+        yield Check("disk", "ok", f"{said} (free space here, {free / GB:.0f} GB, says nothing of the training host)")
+    elif need > free:
+        yield Check("disk", "fail", f"{said}, {free / GB:.0f} GB free", "save_total_limit, or another output_dir")
+    else:
+        yield Check("disk", "ok", f"{said}, {free / GB:.0f} GB free")
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
+def _deepspeed(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
+    try:
+        resolve_ds_config(
+            ds_config, spec, gradient_accumulation_steps=made.cut.micro_batches_per_step, micro_batch_size=1,
+            world_size=hardware.num_gpus,
+        )  # fmt: skip
+    except AnchorError as error:
+        yield Check("deepspeed", "fail", error.message, error.hint or "")
+    else:
+        stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+        yield Check("deepspeed", "ok", f"{spec.deepspeed}: ZeRO stage {stage}, {spec.precision}")
+
+
+def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
+    wish = spec.attn_implementation
+    if hardware.gpu is None:
+        yield Check("attention", "ok", f"{wish}: SDPA text by text, as on every CPU")
+    elif elsewhere:
+        yield Check("attention", "ok", f"{wish} (kernels of the training host: anchor doctor SPEC there)")
+    elif (module := FLASH_MODULES.get(wish)) and find_spec(module) is None:
+        yield Check("attention", "warn", f"{wish}: {module} is not installed, torch's varlen attention will run",
+                    f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")  # fmt: skip
+    elif wish == "sdpa":
+        yield Check("attention", "warn", "sdpa: one call a text, slow on a GPU", "attn_implementation: auto")
+    else:
+        yield Check("attention", "ok", wish)
+
+
+def _schedule(made: Estimate) -> Iterator[Check]:
+    steps = made.steps
+    if steps.warmup_steps >= steps.last_step:
+        yield Check("schedule", "warn", f"warm-up of {steps.warmup_steps} steps, the run has {steps.last_step}",
+                    "lower warmup_steps")  # fmt: skip
+
+
+def _benchmarks(spec: RunSpec) -> Iterator[Check]:
+    """Folders named as evaluation data must be such as load; data sets of the Hub are not looked up."""
+    if not (spec.eval_steps or spec.eval_on_start):
+        return
+    of_the_hub = []
+    for name in spec.eval_data or DEFAULT_DATA:
+        try:
+            found = _evaluation_data(name)
+        except AnchorError as error:
+            yield Check("evaluation", "fail", error.message, error.hint or "eval_data names BEIR folders or NanoBEIR")
+            continue
+        if found is None:
+            of_the_hub.append(name)
+        else:
+            yield Check("evaluation", "ok", found)
+    if of_the_hub:
+        said = ", ".join(of_the_hub) if spec.eval_data else "the four NanoBEIR sets"
+        remedy = "anchor prepare nanobeir --out DIR makes a snapshot for a host without network; name it in eval_data"
+        yield Check("evaluation", "warn", f"{said}: from the Hub or its cache", remedy)
+
+
+def _evaluation_data(name: str) -> str | None:
+    """What an entry of `eval_data` is here, by the functions that load it; None: the Hub's, which is not asked.
+
+    NanoBEIR's sets are small and are read; of a BEIR folder, which may be large, the files must be there.
+
+    Raises:
+        InputError: it means nothing, or does not load.
+    """
+    place = Path(language_and_place(name)[1])
+    if place.is_dir() and not (place / MANIFEST_FILE).is_file() and not is_nano_folder(place):
+        if missing := [file for file in (CORPUS_FILE, QUERIES_FILE, QRELS_FILE) if not (place / file).is_file()]:
+            raise InputError(f"{place}: no {', no '.join(missing)}", "expected BEIR, NanoBEIR or a snapshot")
+        return str(place)
+    if is_hub_id(str(place)):
+        return None
+    parts = parts_of(name)
+    if not (place.is_dir() or is_nano_folder(place.parent) or os.environ.get(SNAPSHOT_VARIABLE)):
+        return None  # NanoBEIR by its name
+    return f"{name}: {', '.join(part().name for part in parts)}"

@@ -1,0 +1,198 @@
+"""What `anchor plan` looks at: the model's shape, the rows' lengths, the GPUs. No torch, no weights read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from anchor_cli.base.errors import AnchorError, InputError
+from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
+from anchor_cli.plan.flops import ModelShape
+from anchor_cli.plan.hardware import gpu_named, gpu_of_device_name, local_gpus
+from anchor_cli.spec.spec import RunSpec
+
+SAMPLE_ROWS = 2000
+"""Rows of raw data that are tokenised to estimate lengths, evenly spread over the source."""
+# Shapes of models that a laptop without network and without the model should be able to plan for (their config.json).
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    f"Qwen/Qwen3-{size}": {
+        "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8,
+        "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "tie_word_embeddings": tied,
+    }
+    for size, hidden, width, layers, heads, tied in (
+        ("0.6B", 1024, 3072, 28, 16, True), ("1.7B", 2048, 6144, 28, 16, True), ("4B", 2560, 9728, 36, 32, True),
+        ("8B", 4096, 12288, 36, 32, False),
+    )
+}  # fmt: skip
+
+
+def shape_of(model_name_or_path: str) -> tuple[ModelShape, str]:
+    """The shape and where it was read: the folder's config.json, else the built-in one of a known
+    model, which needs no network, else the Hub's.
+
+    Raises:
+        InputError: no config.json, or one that lacks a size.
+    """
+    path = Path(model_name_or_path).expanduser() / "config.json"
+    known = KNOWN_CONFIGS.get(model_name_or_path.removesuffix("-Base"))
+    found = path if path.is_file() else None if known else _from_hub(model_name_or_path)
+    if found is None and known is None:
+        raise InputError(
+            f"model_name_or_path: {model_name_or_path}: no config.json there, and the Hub does not give it",
+            hint="give a folder with config.json, or a Hub id that this host can reach",
+        )
+    config = _read(found) if found else known or {}
+    where = str(found or f"the known shape of {model_name_or_path}")
+    try:
+        return ModelShape.from_config(config), where
+    except KeyError as error:
+        raise InputError(f"{where}: no {error.args[0]}, expected a decoder-only language model") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _from_hub(model_id: str) -> Path | None:
+    """config.json from the local Hub cache or, with a network, from the Hub; None without."""
+    if Path(model_id).is_absolute() or model_id.count("/") > 1:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model_id, "config.json", local_files_only=_offline()))
+    except Exception:  # the library raises many kinds; every one of them means: not to be had here
+        return None
+
+
+def asks_the_hub(spec: RunSpec) -> bool:
+    """Whether a plan needs files of the model that are not here: the config of an unknown one, a tokenizer for data."""
+    name = spec.model_name_or_path
+    if Path(name).expanduser().exists():
+        return False
+    known = name.removesuffix("-Base") in KNOWN_CONFIGS
+    return not known or place_of(spec.dataset_file_path) in ("prepared", "raw")
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def hardware_of(gpu: str | None, num_gpus: int | None) -> Hardware:
+    """The GPUs named, else this machine's, else CPU processes. Raises InputError for an unknown name."""
+    if gpu is not None:
+        kind = gpu_named(gpu)
+        return Hardware(kind, num_gpus or 1, kind.memory_gib * 2**30)
+    found = local_gpus()
+    if not found:
+        return Hardware(None, num_gpus or 1, None)
+    name, memory_gib = found[0]
+    here = gpu_of_device_name(name)
+    if here is None:
+        raise InputError(f"{name}: this GPU's peak is not known", hint="name the nearest one: --gpu")
+    return Hardware(here, num_gpus or len(found), memory_gib * 2**30)
+
+
+def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
+    """Lengths of the spec's data: exact when prepared, from a sample when raw, assumed when told how many rows.
+
+    Raises:
+        InputError: the data are not there and `num_rows` was not given, or they cannot be read.
+    """
+    place = place_of(spec.dataset_file_path)
+    if place == "prepared":
+        return _prepared(spec, Path(spec.dataset_file_path).expanduser())
+    if place != "raw":
+        if num_rows is not None:
+            return assumed_rows(num_rows, spec)
+        said = "from the Hub, which a plan does not read" if place == "hub" else "not found on this machine"
+        raise InputError(
+            f"dataset_file_path: {spec.dataset_file_path}: {said}",
+            hint="say how many rows it has with --rows N to plan without it",
+        )
+    return _sampled(spec, num_rows)
+
+
+def place_of(data: str) -> Literal["prepared", "raw", "hub", "nowhere"]:
+    """What a `dataset_file_path` means here, as `anchor prepare` takes it: a folder, files, a pattern, or a Hub id.
+
+    ORG/NAME is a missing folder and no Hub id where a folder ORG is here.
+    """
+    from anchor_cli.data.sources.sources import is_hub_id, matching_files
+
+    path = Path(data).expanduser()
+    if (path / MANIFEST).is_file():
+        return "prepared"
+    if is_hub_id(data):
+        return "nowhere" if "/" in data and Path(data.split("/")[0]).exists() else "hub"
+    try:
+        return "raw" if path.is_dir() or matching_files(data) else "nowhere"
+    except InputError:
+        return "nowhere"
+
+
+def _prepared(spec: RunSpec, folder: Path) -> Rows:
+    pairs = PreparedPairs.open(folder)
+    queries, documents = pairs.query_lengths, pairs.document_lengths
+    targets = int(queries.sum(dtype=np.int64) + documents.sum(dtype=np.int64)) - 2 * len(queries)
+    targets -= int(pairs.query_inner_eos.sum() + pairs.document_inner_eos.sum())
+    if spec.reconstruction_targets == "content":
+        starts = pairs.query_content_starts.sum(dtype=np.int64) + pairs.document_content_starts.sum(dtype=np.int64)
+        targets -= int(starts)
+    share = float(np.mean((queries >= spec.max_seq_length) | (documents >= spec.max_seq_length)))
+    return Rows(queries, documents, targets, share, f"{folder} (prepared, exact)")
+
+
+def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
+    """Tokenise an evenly spread sample of the raw source as `anchor prepare` would, and draw all rows from it."""
+    from anchor_cli.data.prepare.rows import RowMaker, Share, Task, Work
+    from anchor_cli.data.sources.files import Limits
+    from anchor_cli.data.sources.sources import Asked, open_source
+    from anchor_cli.data.training_set import contract_for
+
+    try:
+        contract = contract_for(spec)
+    except AnchorError as error:
+        if num_rows is not None:
+            return assumed_rows(num_rows, spec)
+        raise InputError(error.message, "raw data need the model's tokenizer; or say --rows N") from error
+    limits, source = Limits(), open_source(spec.dataset_file_path, Asked())
+    about = source.rows_hint or source.count_rows(limits)  # for the spread of the sample; `first` ends as the count
+    make = RowMaker(Work(spec.model_name_or_path, contract, limits, None, False))
+    share, first, lengths, cut, targets = Share(min(SAMPLE_ROWS, about), about), 0, [], 0, 0
+    for file in source.files:
+        for part in file.parts(limits):
+            made = make(Task(part, file.columns, share, first))
+            first += part.num_rows
+            query, document = (made.table[name].to_numpy() for name in ("query_length", "document_length"))
+            lengths.append(np.stack([query, document]))
+            cut += int((np.maximum(made.query_tokens, made.document_tokens) > spec.max_seq_length).sum())
+            targets += _targets(spec, made.table)
+    sample = np.concatenate(lengths, axis=1)
+    if not sample.size:
+        raise InputError(f"{spec.dataset_file_path}: no usable row among {first}", "anchor prepare says why")
+    drawn = np.random.default_rng(0).integers(sample.shape[1], size=first)
+    taken = sample.shape[1]
+    said = f"{spec.dataset_file_path} (raw; lengths of a sample of {taken:,} rows, rejected rows not taken off)"
+    queries, documents = (side[drawn].astype(np.int32) for side in sample)
+    return Rows(queries, documents, round(targets * first / taken), cut / taken, said)
+
+
+def _targets(spec: RunSpec, table: Any) -> int:
+    total = 0
+    for side in ("query", "document"):
+        total += int(table[f"{side}_length"].to_numpy().sum()) - table.num_rows
+        total -= int(table[f"{side}_inner_eos"].to_numpy().sum())
+        if spec.reconstruction_targets == "content":
+            total -= int(table[f"{side}_content_start"].to_numpy().sum())
+    return total

@@ -1,0 +1,149 @@
+"""Device memory of one rank in training, by part, from the model's shape alone. Pure arithmetic, in bytes.
+
+Legend: P parameters, N ranks, T tokens of a micro-batch (queries + documents), h hidden size, H/K query/key-value
+heads, d head size, f MLP width, V vocabulary rows, b bytes of the compute type (bfloat16 2, float32 4).
+
+States (ZeRO, arXiv 1910.02054, section 3; DeepSpeed 0.19 `stage_1_and_2.py`):
+    weights b P (all ranks; stage 3: / N) · gradients g P / N from stage 2, g P below (g 2, or 4: fp32 accumulation)
+    Adam 8 P / N and, for bfloat16, an fp32 copy of the weights 4 P / N · reduction buckets 2 x bucket x b (overlap)
+
+Activations: what PyTorch's autograd saves in transformers' Qwen3 layer, counted tensor by tensor and checked against
+`torch.autograd.graph.saved_tensors_hooks` (tests/test_memory_model.py). Both passes' graphs are alive at once, because
+the gradient of the reconstruction flows through the embedding: 2 T tokens.
+Everything marked *assumption* below has not been measured on a GPU (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from anchor_cli.plan.flops import ModelShape
+
+LOGIT_CHUNK_BYTES = 1024 * 2**20  # fp32 logits of a chunk on CUDA: model/output_layer.py CHUNK_BYTES_CUDA
+USABLE_SHARE = 0.90  # assumption: of a card's memory, after allocator slack
+CONTEXT_BYTES = 1.5e9  # assumption: CUDA context, NCCL buffers, cuBLAS workspaces
+TOKENS_STEP = 1024  # budgets are multiples of this
+EFFICIENT_TOKENS = 8192  # assumption: below this many tokens the matrix units are not full; checkpointing pays
+LARGEST_BUDGET = 65536  # assumption: nothing is gained beyond
+CPU_TOKENS = 8192  # budget of a CPU process
+
+
+@dataclass(frozen=True)
+class StateOptions:
+    """What decides the memory of weights, gradients and optimizer. `bucket` is DeepSpeed's `reduce_bucket_size`."""
+
+    bytes_per_value: int = 2
+    gradient_bytes: int = 2
+    communication_bytes: int = 2
+    zero_stage: int = 2
+    world_size: int = 1
+    bucket: int = 500_000_000
+    offload_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What decides the memory of activations.
+
+    `kernel`: `flash` (grouped heads) or `sdpa` (one call a text). Liger's norms of queries and keys are not counted on:
+    it fuses them in an existing Qwen3 from 0.8.5 on only (https://github.com/linkedin/Liger-Kernel/pull/1470).
+    """
+
+    checkpointing: bool = False
+    kernel: str = "flash"
+    liger: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the peak of a step, by part; `total` is their sum."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    activations: float
+    working: float
+    output_layer: float
+    context: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(asdict(self).values()))
+
+
+def layer_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
+    """Bytes autograd keeps of one layer whose forward pass is not recomputed, per token."""
+    h, f = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    # two norms: eager keeps the fp32 input, the normed and the output, Liger the input and the output
+    norms = 2 * ((2 * b if layers.liger else 4 + 2 * b) * h + 4)
+    qk_norms = ((4 + b) * (q + kv) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
+    attention = b * (q + 2 * kv + q)  # rotated q and k, v, output
+    if layers.kernel == "sdpa":
+        attention = b * 5 * q  # k and v repeated to all heads; the texts' outputs and their concatenation
+    mlp = (3 if layers.liger else 4) * b * f  # gate, up, product; eager also keeps silu(gate)
+    return norms + qk_norms + attention + 4 * shape.num_heads + mlp
+
+
+def activation_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
+    """Bytes kept by one pass over the model, per token; checkpointing keeps each layer's input only."""
+    layer = b * shape.hidden_size if layers.checkpointing else layer_bytes_per_token(shape, b, layers)
+    final_norm, rotary = (4 + b) * shape.hidden_size + 4, 2 * b * shape.head_dim
+    return shape.num_layers * layer + final_norm + rotary + 8
+
+
+def working_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
+    """Bytes a backward step holds besides: gradients inside one layer, and that layer again when it is recomputed."""
+    gradients = 4 * b * (shape.intermediate_size + shape.hidden_size)  # assumption: the MLP's are the worst moment
+    return gradients + (layer_bytes_per_token(shape, b, layers) if layers.checkpointing else 0)
+
+
+def output_layer_bytes(shape: ModelShape, b: int, chunk_bytes: int = LOGIT_CHUNK_BYTES) -> float:
+    """One chunk's logits in b and fp32, the fp32 gradient of the output matrix, its product before it is added."""
+    per_logit = 4 if b == 4 else 4 + b
+    table = shape.embedding_parameters * (4 if b == 4 else 4 + b)
+    return chunk_bytes / 4 * per_logit + table
+
+
+def state_bytes(shape: ModelShape, options: StateOptions) -> tuple[float, float, float, float]:
+    """Bytes of weights, gradients, optimizer and reduction buckets on one rank."""
+    parameters, share = shape.num_parameters, shape.num_parameters / options.world_size
+    weights = options.bytes_per_value * (share if options.zero_stage >= 3 else parameters)
+    gradients = options.gradient_bytes * (share if options.zero_stage >= 2 else parameters)
+    optimizer = (8 if options.bytes_per_value == 4 else 12) * (share if options.zero_stage >= 1 else parameters)
+    buckets = 2 * min(options.bucket, parameters) * options.communication_bytes if options.world_size > 1 else 0
+    return weights, gradients, 0 if options.offload_optimizer else optimizer, buckets
+
+
+def training_memory(
+    shape: ModelShape,
+    states: StateOptions,
+    layers: LayerOptions,
+    tokens: int,
+    *,
+    chunk_bytes: int = LOGIT_CHUNK_BYTES,
+    context: float = CONTEXT_BYTES,
+) -> Memory:
+    """Peak memory of one rank for micro-batches of `tokens` tokens.
+
+    The gradient of the (tied) embedding counts once in the working memory: the parts of it that the look-ups produce
+    are dense (V, h) tensors. Output layer and backward do not peak together: the larger of the two counts.
+    """
+    b = states.bytes_per_value
+    weights, gradients, optimizer, buckets = state_bytes(shape, states)
+    kept = activation_bytes_per_token(shape, b, layers)
+    work = tokens * working_bytes_per_token(shape, b, layers)
+    work += 2 * b * shape.embedding_parameters  # its gradient so far and the next look-up's
+    logits = output_layer_bytes(shape, b, chunk_bytes)
+    return Memory(weights, gradients, optimizer, buckets, 2 * tokens * kept, max(0.0, work - logits), logits, context)
+
+
+def largest_budget(shape: ModelShape, states: StateOptions, layers: LayerOptions, device_bytes: float) -> int:
+    """The largest budget, a multiple of 1,024 up to 65,536 tokens, whose peak fits in the usable memory; 0 if none."""
+
+    def needs(tokens: int) -> float:
+        return training_memory(shape, states, layers, tokens).total
+
+    fits = [t for t in range(TOKENS_STEP, LARGEST_BUDGET + 1, TOKENS_STEP) if needs(t) <= USABLE_SHARE * device_bytes]
+    return max(fits, default=0)

@@ -1,0 +1,98 @@
+"""`anchor plan --probe`: the heaviest micro-batch, twice, on the real device. Random weights if the real ones are away.
+
+Measures what the arithmetic cannot: the peak of memory and the seconds of a forward and backward pass. The optimizer is
+not run; its state's bytes (of this rank's shard) are added, since they are known exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from anchor_cli.model.attention import PACKED_ATTENTION, choose_kernel, register
+from anchor_cli.model.backbone import apply_liger, load_backbone
+from anchor_cli.model.packed import PairBatch, pack_pairs
+from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.plan.estimate import Estimate
+from anchor_cli.plan.flops import ModelShape
+from anchor_cli.spec.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measured micro-batch. `peak_bytes`: on a GPU, allocated at the peak, optimizer included; None on a CPU."""
+
+    device: str
+    kernel: str
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    peak_bytes: float | None
+
+
+def probe(spec: RunSpec, shape: ModelShape, made: Estimate) -> Probe:
+    """Run the longest packed micro-batch for two passes; the second is timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    kernel = choose_kernel(spec.attn_implementation, device, dtype)
+    backbone = _backbone(spec, shape, dtype, made.cut.gradient_checkpointing)
+    if device.type == "cuda":
+        apply_liger(backbone)
+        torch.cuda.reset_peak_memory_stats()
+    model = ReconstructionModel(backbone, kernel=kernel).train().to(device)
+    batch = _heaviest(spec, shape, made).to(device)
+    seconds = 0.0
+    for _ in range(2):
+        _wait(device)
+        start = time.perf_counter()
+        model(batch, 1e-3, 1e-3).loss.backward()
+        _wait(device)
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+    tokens = int(batch.texts.cu_seqlens[-1])
+    peak = None
+    if device.type == "cuda":
+        states = made.memory.optimizer + made.memory.gradients + made.memory.buckets if made.memory else 0
+        peak = torch.cuda.max_memory_allocated() + states
+    return Probe(str(device), kernel, tokens, seconds, tokens / seconds, peak)
+
+
+def _backbone(spec: RunSpec, shape: ModelShape, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
+    """The spec's model if its weights are here, else a random one of the same shape: weights change no timing."""
+    folder = Path(spec.model_name_or_path).expanduser()
+    if any(folder.glob("*.safetensors")):
+        return load_backbone(folder, dtype=dtype, gradient_checkpointing=checkpointing)
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    register()
+    config = Qwen3Config(
+        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
+        num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=shape.tied_embeddings, use_cache=False,
+    )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION, dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _heaviest(spec: RunSpec, shape: ModelShape, made: Estimate) -> PairBatch:
+    """Pairs of the longest row's length up to the heaviest micro-batch's tokens: random ids, the plan's worst."""
+    longest = made.tokens.longest_row
+    query = min(round(made.tokens.mean_query), longest // 2)
+    count = max(1, made.cut.heaviest_tokens // longest)
+    ids = np.random.default_rng(0)
+    queries = [ids.integers(0, shape.vocab_size, query, dtype=np.int32) for _ in range(count)]
+    documents = [ids.integers(0, shape.vocab_size, longest - query, dtype=np.int32) for _ in range(count)]
+    starts = np.zeros(count, dtype=np.int32)
+    return pack_pairs(queries, documents, starts, starts, eos_token_id=-1, targets="text")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

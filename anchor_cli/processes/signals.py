@@ -1,0 +1,179 @@
+"""Signals and agreement: a stop wished by one process becomes one decision of all ranks at the same step.
+
+A thread hears signals through the wake-up pipe that Python's C handler writes to, so that a main thread which is
+importing, or waiting in a collective for a rank that is gone, is no reason not to leave. Torch is not imported here
+before it is needed: a worker listens before it imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from anchor_cli.base.errors import Stopped
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1: SLURM's warning before the time limit. SIGHUP, too (the terminal or ssh is gone), but not under nohup."""
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+AT_ONCE = 130  # exit code after a second SIGINT, as a shell has it
+SAME_KEY_S = 0.5  # torchrun passes on a Ctrl-C that the terminal has sent to its workers already: that is one wish
+
+
+class StopFlag:
+    """Remembers that a stop was asked for. A second SIGINT ends the process at once.
+
+    Until `poll_from_now_on` is called there is nothing to save (every file is whole or absent), so the first signal
+    ends the process with 75 by itself; afterwards it is remembered, and the loop saves and leaves.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._starting = True
+        self._heard_s = 0.0
+
+    def install(self) -> None:
+        """Take over the stop signals of this process (main thread only). Forked children get them back."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _heard_by_the_thread)
+        os.register_at_fork(after_in_child=_give_signals_back)
+        threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
+
+    def uninstall(self) -> None:
+        """Signals do again what they do in any Python program (main thread only)."""
+        signal.set_wakeup_fd(-1)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def poll_from_now_on(self) -> None:
+        """From here a signal is only remembered: the loop asks at every step and in every phase."""
+        self._starting = False
+
+    @property
+    def raised(self) -> bool:
+        return self.signal_name is not None
+
+    def _listen(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if self.signal_name is None:
+            self.signal_name, self._heard_s = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._heard_s > SAME_KEY_S:
+            leave(AT_ONCE)
+        if self._starting:
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                sys.stderr.write(f"anchor: stopped by {self.signal_name} before the first step; nothing to save\n")
+            leave(Stopped.exit_code)
+
+
+def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
+    """The handler proper: being there is enough, since the C handler has told the thread."""
+
+
+def _give_signals_back() -> None:
+    """In a forked child: signals are its own again, and not told to its parent."""
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def leave(code: int) -> None:
+    """End this process now, its children first: nothing is left behind, and the terminal is as it was."""
+    from anchor_cli.processes.logs import give_back
+
+    with contextlib.suppress(OSError):
+        give_back()
+        sys.stderr.flush()
+    for pid in children(os.getpid()):
+        kill(pid, signal.SIGKILL)
+    os._exit(code)
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by `pid`, of all its threads (Linux; empty elsewhere)."""
+    found: list[int] = []
+    for path in Path("/proc", str(pid), "task").glob("*/children"):
+        try:
+            found += [int(child) for child in path.read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def kill(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def stop_agreed(flag: StopFlag, group: dist.ProcessGroup | None) -> bool:
+    """True on every rank if any rank has been asked to stop by now: one tiny all-reduce over gloo.
+
+    It never touches the device, so no GPU work is waited for; `group` is None for a single process.
+    """
+    if group is None:
+        return flag.raised
+    import torch
+    import torch.distributed as dist
+
+    votes = torch.tensor([int(flag.raised)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+    return bool(votes.item())
+
+
+def stop_with_launcher(generations: int) -> None:
+    """Stop as SIGTERM does (finish the step, save, leave with 75) when another's launcher is gone, whatever killed it.
+
+    `generations`: 1 watches the parent; 2 the parent's parent, too (`deepspeed` starts a launcher of its own).
+    """
+    begun = ancestors(generations)
+
+    def watch() -> None:
+        while ancestors(generations) == begun:
+            time.sleep(0.5)
+        sys.stderr.write("anchor: the launcher is gone; this rank finishes its step, saves and ends\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stop-with-launcher", daemon=True).start()
+
+
+def ancestors(generations: int) -> list[int]:
+    """Process ids of the parent, its parent, …: so many (Linux; the parent alone elsewhere)."""
+    found = [os.getppid()]
+    while len(found) < generations:
+        try:
+            stat = Path("/proc", str(found[-1]), "stat").read_text()
+        except OSError:
+            break
+        found.append(int(stat.rpartition(")")[2].split()[1]))
+    return found
+
+
+def die_with_parent(parent: int) -> None:
+    """End this worker within a second when the launcher (process `parent`) is gone: no orphans, whatever killed it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        sys.stderr.write("anchor: the launcher is gone; this worker ends\n")
+        leave(1)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

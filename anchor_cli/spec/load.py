@@ -1,0 +1,156 @@
+"""From a file and `--set` to a RunSpec, with where each value came from, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from anchor_cli.base.errors import InputError, nearest
+from anchor_cli.spec import aliases as compat
+from anchor_cli.spec.docs import expected
+from anchor_cli.spec.spec import RunSpec, derived_defaults
+
+
+@dataclass(frozen=True)
+class SpecReading:
+    """A spec and how it came about."""
+
+    spec: RunSpec
+    sources: dict[str, str]
+    """For every key: `file`, `--set`, `default`, or `derived`, with another spelling in brackets."""
+    ignored: list[str]
+    """Keys of the research code that mean nothing here, in the file's order."""
+
+
+def read_spec(path: str | Path, overrides: list[str]) -> SpecReading:
+    """Read, translate, merge and validate.
+
+    Raises:
+        InputError: anything wrong with the file, an override, a key or a value.
+    """
+    ours: dict[str, Any] = {}
+    sources = dict.fromkeys(RunSpec.model_fields, "default")
+    ignored: list[str] = []
+    layers = [("file", str(path), _read_json(Path(path))), ("--set", "--set", _parse_overrides(overrides))]
+    for source, where, given in layers:
+        layer, spelled, layer_ignored = compat.translate(given, where)
+        _refuse_unknown(layer, where)
+        ours |= layer
+        sources |= {key: f"{source} ({spelled[key]})" if key in spelled else source for key in layer}
+        ignored += layer_ignored
+    sources |= dict.fromkeys(derived_defaults(ours), "derived")
+    try:
+        return SpecReading(RunSpec.model_validate(ours), sources, ignored)
+    except ValidationError as error:
+        raise _in_words(error, str(path), ours, sources) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_twice, parse_constant=_no_constant
+        )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", _files_beside(path)) from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, expected a JSON file", _files_beside(path / "x")) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{path}: expected one JSON object, got {shown(given)}")
+    given.pop("$schema", None)  # for editors
+    return given
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)}: the key is there twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _files_beside(path: Path) -> str | None:
+    beside = sorted(other.name for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
+    if not beside:
+        return "anchor init writes one to start from"
+    near = nearest(path.name, beside)
+    return f"did you mean {path.parent / near}?" if near else f"there are: {', '.join(beside[:5])}"
+
+
+def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {override}: expected key=value")
+        try:
+            given[key.strip()] = json.loads(text, parse_constant=_no_constant)
+        except ValueError:
+            given[key.strip()] = text  # a plain word needs no quotes
+    return given
+
+
+def _refuse_unknown(layer: dict[str, Any], where: str) -> None:
+    for key in layer:
+        if key not in RunSpec.model_fields:
+            near = nearest(key, [*RunSpec.model_fields, *compat.ALIASES, *compat.REFUSED, *compat.IGNORED])
+            hint = f"did you mean {near}?" if near else "anchor spec --keys lists all keys"
+            raise InputError(f"{where}: {key}: unknown key", hint)
+
+
+def _in_words(error: ValidationError, path: str, ours: dict[str, Any], sources: dict[str, str]) -> InputError:
+    """The first problem in a line; the second line is its remedy, or the other keys that are wrong."""
+    first = error.errors()[0]
+    if first["type"] == "contradiction":
+        says, remedy = first["ctx"]["says"], first["ctx"]["remedy"]
+        overridden = [key for key in says.split() if sources.get(key, "").startswith("--set")]
+        return InputError(f"{path}{' with --set' if overridden else ''}: {says}", remedy or None)
+    key = str(first["loc"][0])
+    others = list(dict.fromkeys(str(problem["loc"][0]) for problem in error.errors() if problem["loc"][0] != key))
+    hint = f"also wrong: {', '.join(others)}" if others else None
+    if first["type"] == "missing":
+        return InputError(f"{path}: {key}: missing, expected {expected(key)}", hint)
+    where = "--set" if sources[key].startswith("--set") else path
+    spelled = sources[key].partition("(")[2].rstrip(")")
+    shown_key = f"{key} (here {spelled})" if spelled else key
+    wanted = str(first["ctx"]["error"]) if first["type"] == "value_error" else expected(key)
+    return InputError(f"{where}: {shown_key}: got {shown(ours[key])}, expected {wanted}", hint)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut when long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def load_spec(path: str | Path, overrides: list[str] | None = None, *, announce: bool = True) -> RunSpec:
+    """The validated spec of a file, with `key=value` overrides on top.
+
+    `announce` says, in one line on stderr, which of the research code's keys were ignored.
+
+    Raises:
+        InputError: one line naming file, key, value and what was expected, and the nearest name of an unknown key.
+    """
+    from anchor_cli.spec.load import read_spec
+
+    reading = read_spec(path, overrides or [])
+    if announce and reading.ignored:
+        from anchor_cli.base.console import say
+
+        say(f"{path}: ignored, they mean nothing here: {', '.join(reading.ignored)}")
+    return reading.spec

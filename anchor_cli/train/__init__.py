@@ -1,0 +1,1 @@
+"""Floor 5: `anchor train`: start-up, training loop, checkpoints, metrics."""

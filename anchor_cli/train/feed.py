@@ -1,0 +1,85 @@
+"""Micro-batches ahead of the engine: packed by a thread while the device works; the plan is known, so nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from anchor_cli.data.batches import BatchPlan
+from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.model.packed import PairBatch, Targets, num_targets, pack_pairs
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's part of a step, and the step's normalisers, which are the same on every rank."""
+
+    step: int
+    rows: npt.NDArray[np.int64]  # (G,) rows of the whole step
+    micro_batches: list[PairBatch]
+    query_targets: int  # D2Q targets of the whole step, all ranks
+    document_targets: int  # Q2D targets of the whole step
+    tokens: int  # of the whole step, query + document, [EOS] included
+
+
+class Feed:
+    """`steps(first, last)` yields StepBatches in order, one step ahead of the asker, in page-locked memory for CUDA."""
+
+    def __init__(
+        self, pairs: PreparedPairs, plan: BatchPlan, rank: int, targets: Targets, device: torch.device
+    ) -> None:
+        self._pairs = pairs
+        self._plan = plan
+        self._rank = rank
+        self._targets: Targets = targets
+        self._device = device
+
+    def steps(self, first: int, last: int) -> Iterator[StepBatches]:
+        """Steps first … last - 1."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
+            ahead: Future[StepBatches] | None = pool.submit(self.step, first) if first < last else None
+            for step in range(first, last):
+                assert ahead is not None
+                ready = ahead.result()
+                ahead = pool.submit(self.step, step + 1) if step + 1 < last else None
+                yield ready
+
+    def step(self, step: int) -> StepBatches:
+        """This rank's micro-batches of one step, on the device's doorstep."""
+        pairs, plan = self._pairs, self._plan.step(step)
+        rows = plan.rows
+        query_targets = num_targets(
+            pairs.query_lengths[rows], pairs.query_content_starts[rows], pairs.query_inner_eos[rows], self._targets
+        )
+        document_targets = num_targets(
+            pairs.document_lengths[rows],
+            pairs.document_content_starts[rows],
+            pairs.document_inner_eos[rows],
+            self._targets,
+        )
+        return StepBatches(
+            step,
+            rows,
+            [self.pack(micro) for micro in plan.micro_batches[self._rank]],
+            int(query_targets.sum()),
+            int(document_targets.sum()),
+            int(pairs.query_lengths[rows].sum() + pairs.document_lengths[rows].sum()),
+        )
+
+    def pack(self, rows: npt.NDArray[np.int64]) -> PairBatch:
+        """One micro-batch of the given rows."""
+        queries, documents = self._pairs.tokens(rows)
+        batch = pack_pairs(
+            queries,
+            documents,
+            self._pairs.query_content_starts[rows],
+            self._pairs.document_content_starts[rows],
+            eos_token_id=self._pairs.contract.eos_token_id,
+            targets=self._targets,
+        )
+        return batch.pin() if self._device.type == "cuda" else batch

@@ -1,0 +1,194 @@
+"""One step of a run again, from the nearest checkpoint before it, each micro-batch looked at. The run stays as it is
+(raw data whose prepared form is gone are prepared again).
+
+The state at step N is made as training made it: the checkpoint is loaded and the steps between are trained again, in
+one process, so that sums of several ranks are rounded in another order. Then every micro-batch, cut as the run cut it,
+is run alone, forward and backward; one whose loss or gradient is not a finite number is taken apart row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from anchor_cli.base.checkpoints import checkpoint_step, list_checkpoints, read_state, verify_checkpoint
+from anchor_cli.base.console import progress, warn
+from anchor_cli.base.errors import InputError
+from anchor_cli.base.runs import RunFolder, read_json_lines
+from anchor_cli.data.batches import StepRows
+from anchor_cli.data.training_set import contract_for, open_data, prepared_data
+from anchor_cli.processes.watchdog import Watchdog
+from anchor_cli.spec.deepspeed import load_ds_config
+from anchor_cli.spec.load import load_spec
+from anchor_cli.spec.spec import RunSpec
+from anchor_cli.train.deepspeed import start_processes, train_step
+from anchor_cli.train.run import DS_CONFIG, Run, Settled, build_run
+
+
+@dataclass(frozen=True)
+class RowFinding:
+    """One row run alone, with the loss weights of the step."""
+
+    row: int
+    d2q_loss: float
+    """Mean over its query targets, nats."""
+    q2d_loss: float
+    grad_norm: float
+    finite: bool
+    query: str
+    """Its first 80 characters."""
+    document: str
+
+
+@dataclass(frozen=True)
+class MicroBatchFinding:
+    """One micro-batch run alone."""
+
+    rank: int
+    index: int
+    rows: list[int]
+    loss: float
+    """Its share of the step's loss."""
+    grad_norm: float
+    finite: bool
+    non_finite_rows: list[RowFinding]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step looked at again."""
+
+    run: str
+    step: int
+    checkpoint: str | None
+    micro_batches: list[MicroBatchFinding]
+
+    @property
+    def finite(self) -> bool:
+        """Every micro-batch gave numbers."""
+        return all(one.finite for one in self.micro_batches)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can say it: what is not a number is null."""
+        text = json.dumps(asdict(self) | {"finite": self.finite})
+        found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+        return found
+
+
+def replay(run_folder: Path, step: int) -> Replay:
+    """Replay `step` (0-based: the update after `step` updates) of a run, in this process alone.
+
+    Raises:
+        InputError: no such run, or the step is not of its schedule.
+    """
+    spec_path = RunFolder(run_folder).spec
+    spec = with_ds_config_for_one(load_spec(spec_path), run_folder)
+    ranks = start_processes()
+    run = build_run(spec, ranks, spec_path.parent, settled_before(spec, run_folder, step), Watchdog(run_folder, 0))
+    if not 0 <= step < run.total_steps:
+        raise InputError(f"--step {step}: the run has steps 0 to {run.total_steps - 1}")
+    first = run.settled.first_step
+    with progress(f"steps {first} to {step} again", step - first, "steps") as done:
+        for ready in run.feed.steps(first, step):
+            if ready.step not in run.skipped_steps:
+                d2q_scale, q2d_scale = scales(run, ready.query_targets, ready.document_targets)
+                train_step(
+                    run.engine,
+                    (batch.to(ranks.device) for batch in ready.micro_batches),
+                    d2q_scale=d2q_scale,
+                    q2d_scale=q2d_scale,
+                    learning_rate=run.learning_rate(ready.step),
+                )
+            done.advance()
+    checkpoint = run.settled.checkpoint
+    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, look(run, as_cut(run, step)))
+
+
+def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
+    """The spec with the run's own DeepSpeed config; for ZeRO-3 with ZeRO-2's, which has every parameter whole in this
+    one process and gives the same numbers."""
+    written = (run_folder / DS_CONFIG).absolute()
+    name = str(written) if written.is_file() else spec.deepspeed  # runs of older versions have the name only
+    if (load_ds_config(name, run_folder).get("zero_optimization") or {}).get("stage") == 3:
+        name = "zero2_bf16" if spec.precision == "bfloat16" else "zero2_fp32"
+    return spec.model_copy(update={"deepspeed": name})
+
+
+def settled_before(spec: RunSpec, run_folder: Path, step: int) -> Settled:
+    """The newest whole checkpoint at or before `step`, and what the run trains on; nothing of the run is changed."""
+    contract = contract_for(spec)
+    pairs = open_data(prepared_data(spec, contract), contract)
+    for folder in reversed(list_checkpoints(run_folder)):
+        if (checkpoint_step(folder) or 0) > step:
+            continue
+        problems = verify_checkpoint(folder)
+        if not problems:
+            state = read_state(folder)
+            return Settled(contract, pairs, state["global_batch_size"], folder, state)
+        warn(f"{folder}: damaged: {'; '.join(problems)}")
+    return Settled(contract, pairs, spec.global_batch(world_size_of(run_folder)), None, None)
+
+
+def world_size_of(run_folder: Path) -> int:
+    """Processes of the run when it began."""
+    lines = read_json_lines(RunFolder(run_folder).events)
+    return int(next((line["world_size"] for line in lines if "world_size" in line), 1))
+
+
+def as_cut(run: Run, step: int) -> StepRows:
+    """The step's micro-batches as the run cut them when its checkpoint was written, else as one process does."""
+    state = run.settled.state
+    if state is None:
+        return run.plan.step(step)
+    plan = replace(run.plan, world_size=state["world_size"], num_micro_batches=state["num_micro_batches"])
+    return plan.step(step)
+
+
+def scales(run: Run, query_targets: int, document_targets: int) -> tuple[float, float]:
+    """Weight of one D2Q and one Q2D target in the step's loss."""
+    return run.spec.d2q_weight / max(1, query_targets), run.spec.q2d_weight / max(1, document_targets)
+
+
+def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
+    """Every micro-batch of a step alone; the rows of those that are not finite."""
+    ready = run.feed.step(step.step)
+    weights = scales(run, ready.query_targets, ready.document_targets)
+    found = []
+    for rank, micro_batches in enumerate(step.micro_batches):
+        for index, rows in enumerate(micro_batches):
+            _, _, loss, norm = alone(run, rows, weights)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            one_by_one = [] if finite else [look_at_row(run, int(row), weights) for row in rows]
+            bad = [row for row in one_by_one if not row.finite]
+            found.append(MicroBatchFinding(rank, index, rows.tolist(), loss, norm, finite, bad))
+    return found
+
+
+def look_at_row(run: Run, row: int, weights: tuple[float, float]) -> RowFinding:
+    """One row alone."""
+    d2q, q2d, loss, norm = alone(run, np.array([row]), weights)
+    query, document, _ = run.settled.pairs.texts(row)
+    return RowFinding(row, d2q, q2d, norm, math.isfinite(loss) and math.isfinite(norm), query[:80], document[:80])
+
+
+def alone(run: Run, rows: npt.NDArray[np.int64], weights: tuple[float, float]) -> tuple[float, float, float, float]:
+    """(mean D2Q loss, mean Q2D loss, share of the step's loss, gradient norm) of some rows.
+
+    The gradient is taken with `torch.autograd.grad`, which passes by DeepSpeed's hooks: its buffers stay as they are.
+    """
+    batch = run.feed.pack(rows).to(run.ranks.device)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    out = run.model(batch, *weights)
+    gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True)
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    norm = torch.stack(norms).norm() if norms else torch.zeros(())
+    count = batch.num_query_targets
+    means = float(out.d2q_sum) / max(1, count), float(out.q2d_sum) / max(1, len(batch.target_ids) - count)
+    return *means, float(out.loss.detach()), float(norm)
