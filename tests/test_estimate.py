@@ -233,7 +233,7 @@ def test_a_known_model_and_no_data_ask_no_hub(monkeypatch: pytest.MonkeyPatch, t
         raise AssertionError("asked the Hub")
 
     monkeypatch.setattr("anchor_cli.plan.inputs._from_hub", ask)
-    monkeypatch.setattr("anchor_cli.base.hub.answers", ask)
+    monkeypatch.setattr("anchor_cli.base.hub.hub_answer", ask)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     known = "Qwen/Qwen3-0.6B"
     assert shape_of(known)[0] == SHAPE

@@ -45,6 +45,11 @@ class Stopped(AnchorError):
     exit_code = 75
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an exception's text, at most `limit` characters; its type's name where it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` is most likely a slip of, or None when none is near.
 

@@ -15,27 +15,35 @@ PATIENCE_S = 10.0
 _REACH_S = 10.0  # how long the Hub may take to say that it is there
 
 
-def answers(endpoint: str, patience_s: float = PATIENCE_S) -> bool:
-    """Whether anything at all comes back from the Hub's address in time."""
+def hub_is_off() -> bool:
+    """Whether `HF_HUB_OFFLINE` is set: local folders and the cache only."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def hub_address() -> str:
+    """`HF_ENDPOINT`, default https://huggingface.co."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_answer(address: str, patience_s: float) -> tuple[str | None, str]:
+    """(Date header, or None when it cannot be reached; reason), by a HEAD request. Any HTTP status means reachable."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=patience_s):
-            return True
-    except urllib.error.HTTPError:
-        return True  # any HTTP status means reachable
-    except (OSError, ValueError):
-        return False
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=patience_s) as answer:
+            return answer.headers.get("Date") or "", ""
+    except urllib.error.HTTPError as error:
+        return error.headers.get("Date") or "", ""
+    except (OSError, ValueError) as error:
+        return None, str(getattr(error, "reason", error))
 
 
-def use_the_cache_when_the_hub_is_silent() -> None:
-    """Go offline when the Hub does not answer: what is cached is used, the rest is an error.
+def go_offline_if_the_hub_is_silent() -> None:
+    """Set `HF_HUB_OFFLINE` when the Hub does not answer: what is cached is used, the rest is an error.
 
     Called before huggingface_hub is imported, which reads its environment once.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not answers(endpoint):
-        warn(f"{endpoint} does not answer within {PATIENCE_S:.0f} s; going on with what is cached (HF_HUB_OFFLINE=1)")
+    address = hub_address()
+    if not hub_is_off() and hub_answer(address, PATIENCE_S)[0] is None:
+        warn(f"{address} does not answer within {PATIENCE_S:.0f} s; going on with what is cached (HF_HUB_OFFLINE=1)")
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from anchor_cli import __version__
-from anchor_cli.base.errors import AnchorError, nearest
+from anchor_cli.base.errors import AnchorError, first_line, nearest
 
 COMMANDS = {
     "Start": {
@@ -114,7 +114,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
+        first = first_line(error)
         return _fail(f"{type(error).__name__}: {first}", "ANCHOR_DEBUG=1 shows where", 1, error)
 
 

@@ -41,7 +41,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
-    from anchor_cli.base.hub import use_the_cache_when_the_hub_is_silent
+    from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
     from anchor_cli.plan.checks import examine
     from anchor_cli.plan.estimate import Throughput, estimate
     from anchor_cli.plan.inputs import asks_the_hub, hardware_of, rows_of, shape_of
@@ -53,7 +53,7 @@ def plan(
         raise InputError("--mfu and --tokens-per-second: two measurements of the same thing", "give one of them")
     run = load_spec(spec, overrides or [])
     if asks_the_hub(run) and needs_hub(run):
-        use_the_cache_when_the_hub_is_silent()
+        go_offline_if_the_hub_is_silent()
     shape, shape_source = shape_of(run.model_name_or_path)
     hardware = hardware_of(gpu, num_gpus)
     ds_config = load_ds_config(run.deepspeed, Path(spec).parent)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from anchor_cli.base.contract import check_template
-from anchor_cli.base.errors import InputError
+from anchor_cli.base.errors import InputError, first_line
 
 SEPARATOR = "!@#$%^&*()"
 """Marks in a training record where content begins; it never reaches the tokenizer."""
@@ -88,7 +88,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"{path}: not a tokenizer: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: not a tokenizer: {first_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None
@@ -104,7 +104,7 @@ def _from_hub(model: str) -> Tokenizer:
     try:
         return Tokenizer.from_file(hf_hub_download(model, "tokenizer.json"))
     except Exception as error:  # no network, no such model, no access: all the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"{model}: no such folder, and not to be had from the Hub: {reason}",
             "give a folder that holds tokenizer.json, or check the network and HF_TOKEN",

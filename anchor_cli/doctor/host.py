@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import tempfile
@@ -10,9 +9,9 @@ import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib import error, request
 
 from anchor_cli.base.check import Check
+from anchor_cli.base.hub import hub_address, hub_answer, hub_is_off
 from anchor_cli.doctor.needs import Wishes
 from anchor_cli.train.metrics_log import has_wandb_key
 
@@ -136,28 +135,15 @@ def write_speed(folder: Path, num_mb: int = PROBE_MB) -> float:
         return num_mb * len(block) / 1e6 / max(time.perf_counter() - start, 1e-9)
 
 
-def hub_address() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-@functools.lru_cache(maxsize=1)
-def _hub_answer(address: str) -> tuple[str | None, str]:
-    """(its Date header, or None when out of reach; reason): one HEAD request of 5 s at most, asked once."""
-    try:
-        with request.urlopen(request.Request(address, method="HEAD"), timeout=5) as answer:
-            return answer.headers.get("Date") or "", ""
-    except error.HTTPError as problem:  # it answered, which is all that is asked
-        return problem.headers.get("Date") or "", ""
-    except (OSError, ValueError) as problem:
-        return None, str(getattr(problem, "reason", problem))
+PATIENCE_S = 5.0  # how long the Hub may take to answer
 
 
 def hub(_: Wishes) -> Iterator[Check]:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if hub_is_off():
         yield Check("Hub", "ok", "HF_HUB_OFFLINE is set: local folders and the cache only")
         return
     address = hub_address()
-    date, reason = _hub_answer(address)
+    date, reason = hub_answer(address, PATIENCE_S)
     token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
     if date is None:
         yield Check("Hub", "warn", f"{address} is out of reach ({reason})",
@@ -170,8 +156,7 @@ def hub(_: Wishes) -> Iterator[Check]:
 def clock(_: Wishes) -> Iterator[Check]:
     """This host's clock against the Hub's Date header, or, without network, against the disk's time stamps."""
     remedy = "turn on time synchronisation (timedatectl set-ntp true)"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    date = None if offline else _hub_answer(hub_address())[0]
+    date = None if hub_is_off() else hub_answer(hub_address(), PATIENCE_S)[0]
     if date:
         skew = time.time() - parsedate_to_datetime(date).timestamp()
         against = "the Hub's"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from anchor_cli.base.checkpoints import find_checkpoint, is_ours, list_checkpoints, newest_checkpoint, verify_checkpoint
 from anchor_cli.base.console import progress, say
-from anchor_cli.base.errors import AnchorError, InputError
+from anchor_cli.base.errors import AnchorError, InputError, first_line
 from anchor_cli.base.runs import last_run
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
@@ -85,7 +85,7 @@ def _from_hub(name: str, not_here: InputError) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"{not_here.message}; nor on the Hub: {first}", not_here.hint) from error
 
 
@@ -130,7 +130,7 @@ def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
     except AnchorError:
         raise
     except Exception as error:  # a damaged weight file, an architecture that transformers does not know, …
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = first_line(error)
         raise InputError(f"{model.folder}: cannot be loaded: {type(error).__name__}: {first}") from error
 
 

@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from anchor_cli.base.errors import InputError, RunError
+from anchor_cli.base.errors import InputError, RunError, first_line
+from anchor_cli.base.hub import hub_is_off
 from anchor_cli.export.card import is_local
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,7 +25,7 @@ def check_push(repo: str) -> None:
         raise InputError(f"--push-to-hub {repo}: expected NAMESPACE/NAME, such as my-team/kure-stage1")
     if not os.environ.get(_TOKEN):
         raise InputError(f"--push-to-hub {repo}: no token", f"set {_TOKEN} in the environment; it is written nowhere")
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if hub_is_off():
         raise InputError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set", "unset it to push")
 
 
@@ -53,7 +54,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     except InputError:
         raise
     except Exception as error:  # the library raises its own, requests' and httpx' kinds
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(os.environ[_TOKEN], "***")
+        first = first_line(error).replace(os.environ[_TOKEN], "***")
         raise RunError(f"--push-to-hub {repo}: {first}", f"the export itself is whole: {folder}") from error
     return address
 

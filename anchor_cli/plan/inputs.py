@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from anchor_cli.base.errors import AnchorError, InputError
+from anchor_cli.base.hub import hub_is_off
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
 from anchor_cli.plan.flops import ModelShape
@@ -70,7 +70,7 @@ def _from_hub(model_id: str) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(model_id, "config.json", local_files_only=_offline()))
+        return Path(hf_hub_download(model_id, "config.json", local_files_only=hub_is_off()))
     except Exception:  # the library raises many kinds; every one of them means: not to be had here
         return None
 
@@ -82,10 +82,6 @@ def asks_the_hub(spec: RunSpec) -> bool:
         return False
     known = name.removesuffix("-Base") in KNOWN_CONFIGS
     return not known or place_of(spec.dataset_file_path) in ("prepared", "raw")
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def hardware_of(gpu: str | None, num_gpus: int | None) -> Hardware:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped
+from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped, first_line
 from anchor_cli.base.files import write_json
-from anchor_cli.base.hub import use_the_cache_when_the_hub_is_silent
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
 from anchor_cli.processes.launch import LAUNCHED, prepare_run_folder
 from anchor_cli.processes.logs import rank_log
 from anchor_cli.processes.ranks import environment_ranks
@@ -85,7 +85,7 @@ def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: Sto
     from anchor_cli.processes.extension_locks import clear_stale_locks
 
     if needs_hub(spec):
-        use_the_cache_when_the_hub_is_silent()
+        go_offline_if_the_hub_is_silent()
     faulthandler.enable()  # a crash (SIGSEGV, SIGBUS of a file that shrank) leaves its stack in the log
     clear_stale_locks()
     from anchor_cli.train.deepspeed import leave_processes, start_processes
@@ -138,8 +138,8 @@ def enough_memory(rank: int, when: str, hint: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        first_line = next(iter(str(error).strip().splitlines()), "")[:200]
-        message = f"rank {rank} on {socket.gethostname()}: out of GPU memory {when} ({first_line})"
+        reason = first_line(error, 200)
+        message = f"rank {rank} on {socket.gethostname()}: out of GPU memory {when} ({reason})"
         raise OutOfMemory(message, hint=hint) from error
 
 
@@ -158,13 +158,13 @@ def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
         note_failure(folder, rank, error.message, error.hint, followed=rank != 0, said=rank == 0, agreed=True)
         raise
     except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), "")[:300]
+        reason = first_line(error)
         if not lost_peer(error):
-            note_failure(folder, rank, f"{type(error).__name__}: {first_line}", None, said=rank == 0)
+            note_failure(folder, rank, f"{type(error).__name__}: {reason}", None, said=rank == 0)
             raise
         message = (
             f"rank {rank} on {socket.gethostname()} lost touch with the others in {watchdog}"
-            f" ({first_line}); all ranks: {where_ranks_are(folder)}"
+            f" ({reason}); all ranks: {where_ranks_are(folder)}"
         )
         note_failure(folder, rank, message, None, followed=True, said=False)
         if os.environ.get(LAUNCHED):

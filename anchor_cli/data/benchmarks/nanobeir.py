@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.console import progress
-from anchor_cli.base.errors import InputError, RunError, nearest
+from anchor_cli.base.errors import InputError, RunError, first_line, nearest
 from anchor_cli.base.files import sha256_file, staged_folder, words_for_disk_errors, write_json, write_text_atomic
 from anchor_cli.base.hub import revision_of
 from anchor_cli.data.benchmarks.beir import (
@@ -135,7 +135,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for number, row in enumerate(batch.to_pylist(), start=1):
                 yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: not a readable parquet file: {first_line(error)}") from None
 
 
 def _hub_rows(source: str, config: str, split: str) -> Iterator[Row]:
@@ -170,8 +170,7 @@ class _hub:  # noqa: N801 - a context manager that reads like a function
 
             datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = self.saved
         if isinstance(error, Exception):
-            first = (str(error).splitlines() or [kind.__name__ if kind else ""])[0]
-            message = f"{self.source} {self.what}: could not be loaded: {first}"
+            message = f"{self.source} {self.what}: could not be loaded: {first_line(error)}"
             if isinstance(error, ValueError):  # no such configuration or split
                 raise InputError(message) from error
             remedy = "with a network: anchor prepare nanobeir --out DIR; then here: --data DIR, or ANCHOR_NANOBEIR=DIR"

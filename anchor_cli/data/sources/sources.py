@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.console import say
-from anchor_cli.base.errors import InputError, RunError, nearest
+from anchor_cli.base.errors import InputError, RunError, first_line, nearest
 from anchor_cli.base.hub import revision_of
 from anchor_cli.data.sources.file_bytes import format_of
 from anchor_cli.data.sources.files import Columns, Limits, Part, Row, column_names, read_parts, row_parts
@@ -71,9 +71,9 @@ class HubSet:
             return datasets.load_dataset(self.identifier, self.subset, split=self.split, streaming=True)
         except ValueError as error:  # no such subset or split
             remedy = "--split and --subset name parts of it"
-            raise InputError(f"{self.identifier}: {_first_line(error)}", remedy) from None
+            raise InputError(f"{self.identifier}: {first_line(error)}", remedy) from None
         except Exception as error:  # no network, no such set, no access: the libraries raise a dozen kinds
-            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {_first_line(error)}"
+            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {first_line(error)}"
             raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
 
     def rows(self, columns: Columns) -> Iterator[Row]:
@@ -85,7 +85,7 @@ class HubSet:
             except StopIteration:
                 return
             except Exception as error:
-                message = f"{self.identifier}: the Hub stopped giving after row {number}: {_first_line(error)}"
+                message = f"{self.identifier}: the Hub stopped giving after row {number}: {first_line(error)}"
                 raise RunError(message, "run the same command again; it starts over") from None
             number += 1
             language = row.get(columns.language) if columns.language else None
@@ -282,7 +282,3 @@ def _near_file(place: Path) -> str | None:
         return f"{place.parent} is no folder either"
     near = nearest(place.name, [path.name for path in place.parent.iterdir()])
     return f"did you mean {place.parent / near}?" if near else None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
