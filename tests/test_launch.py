@@ -56,7 +56,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> Non
 def test_processes_that_cannot_meet_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, SRUN)
     with pytest.raises(InputError, match="MASTER_ADDR is not set"):
-        launch.complete_rendezvous()
+        ranks_of.complete_rendezvous()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_processes_that_cannot_meet_are_told_what_to_set(monkeypatch: pytest.Mon
 )
 def test_where_processes_meet(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], want: tuple[str, str]) -> None:
     set_environment(monkeypatch, env)
-    monkeypatch.setattr(launch, "free_port", lambda: "free")
-    launch.complete_rendezvous()
+    monkeypatch.setattr(ranks_of, "free_port", lambda: "free")
+    ranks_of.complete_rendezvous()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == want
 
 

@@ -24,8 +24,8 @@ from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.data.prepare import prepare as prepare_module
 from anchor_cli.data.prepare.prepare import prepare
-from anchor_cli.data.prepare.prepare import prepare as prepare_module
 
 __all__ = ["tokenizer_folder"]
 REPOSITORY = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def test_fuzz_ids_decode_to_the_text_that_went_in(
 
 KILLED = """
 import sys
-from anchor_cli.data.prepare.prepare import prepare as module
+from anchor_cli.data.prepare import prepare as module
 module._SMALL_ROWS = 0
 if __name__ == "__main__":
     print("begun", flush=True)

@@ -67,7 +67,7 @@ def write_library_files(folder: Path, contract: TextContract, dimension: int, sp
     (folder / "1_Pooling").mkdir()
     (folder / "2_Normalize").mkdir()
     if own:
-        source = Path(__file__).with_name("export_pooling.py").read_text(encoding="utf-8")
+        source = Path(__file__).with_name("pooling.py").read_text(encoding="utf-8")
         (folder / f"{CONTENT_POOLING}.py").write_text(source, encoding="utf-8")
         pooling: dict[str, Any] = {
             "embedding_dimension": dimension,
