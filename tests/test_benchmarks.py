@@ -9,9 +9,9 @@ import pytest
 
 from anchor_cli.base import hub
 from anchor_cli.base.errors import InputError, RunError
+from anchor_cli.base.language import hangul_share, language_of
 from anchor_cli.data.benchmarks import benchmarks as module
 from anchor_cli.data.benchmarks import nanobeir
-from anchor_cli.data.benchmarks.beir import language_of
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
 
 CORPUS = [
@@ -276,6 +276,9 @@ def test_without_a_network_the_failing_set_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_language_is_told_by_hangul() -> None:
-    assert language_of(["KTX 예매는 어떻게 하나요?", "BTS 멤버"]) == "ko"
-    assert language_of(["What does 안녕 mean in Korean?", "123", ""]) == "en"
-    assert language_of([]) == "en"
+    assert hangul_share("수달 ab") == 0.5
+    assert hangul_share("123 !") == 0.0
+    assert language_of("BERT 모델의 학습률은?") == "ko"
+    assert language_of("KTX 예매는 어떻게 하나요? BTS 멤버") == "ko"
+    assert language_of("What does 안녕 mean in Korean? 123") == "en"
+    assert language_of("") == "en"

@@ -18,8 +18,6 @@ from anchor_cli.data.text import (
     SEPARATOR,
     TextEncoder,
     eos_of,
-    hangul_share,
-    language_of,
     load_tokenizer,
     record,
     split_record,
@@ -170,10 +168,3 @@ def test_ids_of_the_qwen_vocabulary() -> None:
     assert got.ids[:3].tolist() == [151644, 872, 198]  # <|im_start|> user \n, as published for Qwen3
     assert got.ids[-1] == 151645
     assert got.ids[got.content_start :].tolist() == [130092, 151645]  # " 한국" is one token, [EOS] is no content
-
-
-def test_language_is_told_from_the_script() -> None:
-    assert hangul_share("수달 ab") == 0.5
-    assert hangul_share("123 !") == 0.0
-    assert language_of("BERT 모델의 학습률은?") == "ko"
-    assert language_of("What does 수달 mean in English?") == "en"

@@ -6,13 +6,29 @@ A Hub that does not answer costs ten seconds, not the minutes of its library's r
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from anchor_cli.base.console import warn
 
+_HUB_FORM = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 PATIENCE_S = 10.0
 _REACH_S = 10.0  # how long the Hub may take to say that it is there
+
+
+def has_hub_form(name: str) -> bool:
+    """Whether `name` is written as a repository of the Hub: `OWNER/NAME`, or an old model's `NAME`."""
+    return _HUB_FORM.fullmatch(name) is not None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can only mean a repository of the Hub: `OWNER/NAME`, and no folder `OWNER` is here.
+
+    Below a folder that is here it is a mistyped path; a stranger's repository may have that very name.
+    """
+    return has_hub_form(name) and "/" in name and not Path(name).parent.exists()
 
 
 def hub_is_off() -> bool:

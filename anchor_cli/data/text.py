@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from anchor_cli.base.contract import check_template
+from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, check_template
 from anchor_cli.base.errors import InputError, first_line
+from anchor_cli.base.hub import has_hub_form
 
 SEPARATOR = "!@#$%^&*()"
 """Marks in a training record where content begins; it never reaches the tokenizer."""
@@ -31,10 +32,6 @@ BASE_TOKENIZER = "base_tokenizer"
 """Folder of an export with the tokenizer as it was in training; the export's own one closes texts for other tools."""
 
 Int32Array = npt.NDArray[np.int32]
-
-_HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
-_LETTER = re.compile(r"[^\W\d_]")
-_HANGUL_SHARE_OF_KOREAN = 0.3  # assumption: Korean questions quote English names, English ones hardly ever Hangul
 
 
 def record(content: str, instruction: str | None) -> str:
@@ -52,17 +49,6 @@ def split_record(rec: str) -> tuple[str | None, str]:
     if not separator or (before and not before.endswith("; ")):
         raise InputError(f"not a record: {rec[:60]!r}, expected '{{instruction}}; {SEPARATOR}{{content}}'")
     return before[: -len("; ")] or None, content
-
-
-def hangul_share(text: str) -> float:
-    """Share of Hangul among the letters of `text`, 0..1; 0.0 when it has no letter."""
-    num_letters = len(_LETTER.findall(text))
-    return len(_HANGUL.findall(text)) / num_letters if num_letters else 0.0
-
-
-def language_of(text: str) -> str:
-    """`ko` or `en`, told from the script alone."""
-    return "ko" if hangul_share(text) >= _HANGUL_SHARE_OF_KOREAN else "en"
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -96,7 +82,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 
 
 def _from_hub(model: str) -> Tokenizer:
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+    if not has_hub_form(model):
         remedy = "a model is a folder, a tokenizer.json or a Hub id such as Qwen/Qwen3-0.6B"
         raise InputError(f"{model}: not found", remedy)
     from huggingface_hub import hf_hub_download
@@ -149,6 +135,22 @@ def eos_of(tokenizer: Tokenizer, text_template: str) -> tuple[str, int]:
             f"special tokens here: {known}",
         )
     return closing, special[closing]
+
+
+def contract_with(tokenizer: Tokenizer, *, text_template: str = TEXT_TEMPLATE, **values: Any) -> TextContract:
+    """The contract of texts that `tokenizer` tokenises: its [EOS] and fingerprint, and `values` for the other keys.
+
+    Raises:
+        InputError: the template does not end in one special token of this tokenizer.
+    """
+    eos_token, eos_token_id = eos_of(tokenizer, text_template)
+    return TextContract(
+        text_template=text_template,
+        eos_token=eos_token,
+        eos_token_id=eos_token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        **values,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from anchor_cli.base.contract import FILE_NAME as CONTRACT
 from anchor_cli.base.contract import TextContract, differences, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
-from anchor_cli.data.text import eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.data.text import contract_with, load_tokenizer
 from anchor_cli.spec.spec import RunSpec
 
 _OF_THE_MODEL = frozenset({"text_template", "pooling_mode", "eos_token", "eos_token_id", "tokenizer_fingerprint"})
@@ -27,17 +27,13 @@ def contract_for(spec: RunSpec) -> TextContract:
     Raises:
         InputError: no tokenizer, or the model is a checkpoint or export that was trained under another contract.
     """
-    tokenizer = load_tokenizer(spec.model_name_or_path)
-    eos_token, eos_token_id = eos_of(tokenizer, spec.text_template)
-    contract = TextContract(
+    contract = contract_with(
+        load_tokenizer(spec.model_name_or_path),
         text_template=spec.text_template,
         instructions=spec.query_instructions,
         training_instructions=spec.training_instructions,
         max_seq_length=spec.max_seq_length,
         pooling_mode=spec.pooling_mode,
-        eos_token=eos_token,
-        eos_token_id=eos_token_id,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     require_contract_of(Path(spec.model_name_or_path).expanduser(), contract)
     return contract

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from anchor_cli.base.contract import FILE_NAME, TextContract, differences, read_contract
+from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
 from anchor_cli.base.errors import InputError
-from anchor_cli.data.text import TextEncoder, eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.data.text import TextEncoder, contract_with, eos_of, load_tokenizer, tokenizer_fingerprint
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import load_backbone, read_config
 from anchor_cli.model.packed import pack_texts
@@ -171,16 +171,14 @@ class LibraryEmbedder:
 
 
 def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
-    """The text contract of a model: its `anchor.json`, checked against its tokenizer, else design §2's defaults.
+    """The text contract of a model: its `anchor.json`, checked against its tokenizer, else the paper's defaults.
 
     Raises:
         InputError: the tokenizer beside `anchor.json` is not the one the model was trained with.
     """
-    fingerprint = tokenizer_fingerprint(tokenizer)
     if (Path(folder) / FILE_NAME).is_file():
         contract = read_contract(folder)
-        found = differences(contract, contract.model_copy(update={"tokenizer_fingerprint": fingerprint}))
-        if found:
+        if contract.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
             raise InputError(
                 f"{folder}: its tokenizer is not the one the model was trained with",
                 hint="put back the tokenizer.json that belongs to this checkpoint",
@@ -193,9 +191,7 @@ def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
             )
         _require_config_of(Path(folder), contract)
         return contract
-    default = TextContract(tokenizer_fingerprint=fingerprint)
-    eos_token, eos_token_id = eos_of(tokenizer, default.text_template)
-    return default.model_copy(update={"eos_token": eos_token, "eos_token_id": eos_token_id})
+    return contract_with(tokenizer)
 
 
 def _require_config_of(folder: Path, contract: TextContract) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from anchor_cli.base.errors import InputError
+from anchor_cli.base.language import HANGUL_SYLLABLES
 from anchor_cli.base.metric_names import eval_key
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.evaluate.metrics import DEFAULT_METRICS, FloatArray, counts, parse_metric, query_metrics, rules_of
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 _TEXTS_A_CALL = 512  # sorted by length; one step of the progress bar, and some two micro-batches for each of two ranks
-_BM25_TOKEN = re.compile(r"[\uac00-\ud7a3]+|[^\W\uac00-\ud7a3]+")
+_BM25_TOKEN = re.compile(rf"([{HANGUL_SYLLABLES}]+)|[^\W{HANGUL_SYLLABLES}]+")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def evaluate_bm25(
 def bm25_tokens(text: str) -> list[str]:
     """`"AI 교육은"` is `["ai", "교육", "육은"]`."""
     tokens: list[str] = []
-    for word in _BM25_TOKEN.findall(unicodedata.normalize("NFC", text).lower()):
-        hangul = "\uac00" <= word[0] <= "\ud7a3" and len(word) > 2
-        tokens += [word[at : at + 2] for at in range(len(word) - 1)] if hangul else [word]
+    for match in _BM25_TOKEN.finditer(unicodedata.normalize("NFC", text).lower()):
+        word, hangul = match[0], match[1]
+        tokens += [word[at : at + 2] for at in range(len(word) - 1)] if hangul and len(word) > 2 else [word]
     return tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from anchor_cli.base.checkpoints import find_checkpoint, is_ours, list_checkpoints, newest_checkpoint, verify_checkpoint
 from anchor_cli.base.console import progress, say
 from anchor_cli.base.errors import AnchorError, InputError, first_line
+from anchor_cli.base.hub import is_hub_id
 from anchor_cli.base.runs import last_run
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
@@ -21,7 +21,6 @@ from anchor_cli.evaluate.metrics import parse_metric
 
 DEPTH = 100
 """Documents kept for every query, for run files and for showing where the right one was."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_WEIGHTS = ["*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "openvino/*", "onnx/*", "*.gguf"]
 
 
@@ -57,7 +56,7 @@ def _place(name: str) -> ModelPlace:
     try:
         folder = find_checkpoint(name)
     except InputError as error:
-        if not _HUB_ID.fullmatch(name) or "checkpoint" in name or Path(name).parent.exists():
+        if not is_hub_id(name) or "checkpoint" in name:
             raise
         return _checked(name, _from_hub(name, error))
     return _checked(str(folder), folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.contract import TextContract
+from anchor_cli.base.hub import has_hub_form
 from anchor_cli.base.metric_names import EVAL_PREFIX
 from anchor_cli.export.files import needs_own_pooling, prompts
 
@@ -54,8 +55,7 @@ def base_model(state: dict[str, Any]) -> str | None:
 
 def is_local(model: str) -> bool:
     """Whether a model's name is a path: written like one, or a folder that is there."""
-    path = Path(model)
-    return path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or path.is_dir()
+    return not has_hub_form(model) or Path(model).is_dir()
 
 
 def licence_of(state: dict[str, Any]) -> str:

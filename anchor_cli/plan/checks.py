@@ -16,7 +16,7 @@ from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FIL
 from anchor_cli.data.benchmarks.benchmarks import (
     DEFAULT_DATA,
     SNAPSHOT_VARIABLE,
-    is_hub_id,
+    is_hub_set,
     language_and_place,
     parts_of,
 )
@@ -189,7 +189,7 @@ def _evaluation_data(name: str) -> str | None:
         if missing := [file for file in (CORPUS_FILE, QUERIES_FILE, QRELS_FILE) if not (place / file).is_file()]:
             raise InputError(f"{place}: no {', no '.join(missing)}", "expected BEIR, NanoBEIR or a snapshot")
         return str(place)
-    if is_hub_id(str(place)):
+    if is_hub_set(str(place)):
         return None
     parts = parts_of(name)
     if not (place.is_dir() or is_nano_folder(place.parent) or os.environ.get(SNAPSHOT_VARIABLE)):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anchor_cli.base.errors import AnchorError, InputError
-from anchor_cli.base.hub import hub_is_off
+from anchor_cli.base.hub import has_hub_form, hub_is_off
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
 from anchor_cli.plan.flops import ModelShape
@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _from_hub(model_id: str) -> Path | None:
     """config.json from the local Hub cache or, with a network, from the Hub; None without."""
-    if Path(model_id).is_absolute() or model_id.count("/") > 1:
+    if not has_hub_form(model_id):
         return None
     from huggingface_hub import hf_hub_download
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.errors import InputError
+from anchor_cli.base.language import language_of
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands (`file:line`) and its fields."""
 
 CORPUS_FILE, QUERIES_FILE, QRELS_FILE = "corpus.jsonl", "queries.jsonl", "qrels/test.tsv"
-_HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]")
-_KOREAN_FROM = 0.3  # assumption: Korean questions hold Latin names and digits, English ones next to no Hangul
 
 
 @dataclass
@@ -55,7 +54,7 @@ def read_beir(folder: Path, language: str | None = None, name: str | None = None
     queries = read_texts(read_jsonl(folder / QUERIES_FILE), repeats=False)
     corpus = read_texts(read_jsonl(folder / CORPUS_FILE), titles=True, repeats=False)
     qrels = read_judgements(read_tsv(folder / QRELS_FILE), repeats=False)
-    language = language or language_of(queries.values())
+    language = language or language_of(" ".join(queries.values()))
     return assemble(name or f"{language}/{folder.resolve().name}", language, queries, corpus, qrels, str(folder))
 
 
@@ -100,15 +99,6 @@ def assemble(
     }
     notes = [f"{name}: {count:,} {fault}" for fault, count in faults.items() if count]
     return Benchmark(name, language, kept_queries, kept_corpus, judged, source, notes)
-
-
-def language_of(texts: Iterable[str]) -> str:
-    """`ko` where Hangul is at least 30 % of the letters, else `en`."""
-    letters = hangul = 0
-    for text in texts:
-        letters += sum(char.isalpha() for char in text)
-        hangul += len(_HANGUL.findall(text))
-    return "ko" if letters and hangul / letters >= _KOREAN_FROM else "en"
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:

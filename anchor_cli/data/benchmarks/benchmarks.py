@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from anchor_cli.base.errors import InputError, nearest
+from anchor_cli.base.hub import is_hub_id
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE, Benchmark, read_beir
 from anchor_cli.data.benchmarks.nanobeir import (
     HUB_IDS,
@@ -41,7 +42,6 @@ __all__ = ["Benchmark", "DEFAULT_DATA", "load_benchmarks", "snapshot_nanobeir"]
 
 DEFAULT_DATA = ("nanobeir",)
 SNAPSHOT_VARIABLE = "ANCHOR_NANOBEIR"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/Nano\w+)?")
 
 
 Part = Callable[[], Benchmark]
@@ -68,9 +68,9 @@ def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
     return [benchmark for _, benchmark in found.values()]
 
 
-def is_hub_id(place: str) -> bool:
-    """Whether a name without its `LANG:` has the form of a NanoBEIR data set of the Hub, and no folder's here."""
-    return _HUB_ID.fullmatch(place) is not None and not Path(place.split("/")[0]).exists()
+def is_hub_set(place: str) -> bool:
+    """Whether a name without its `LANG:` means a data set of the Hub, or one subset of it: OWNER/NAME[/NanoNQ]."""
+    return is_hub_id(re.sub(r"/Nano\w+$", "", place))
 
 
 def language_and_place(spec: str) -> tuple[str | None, str]:
@@ -103,7 +103,7 @@ def parts_of(spec: str) -> list[Part]:
             f"--data {spec}: {place} is a file",
             f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
         )
-    if is_hub_id(place):
+    if is_hub_set(place):
         owner, name, *subsets = place.split("/")
         source = f"{owner}/{name}"
         return [partial(read_nano, source, each, language) for each in subsets or subsets_of(source)]

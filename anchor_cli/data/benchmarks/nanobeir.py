@@ -17,6 +17,7 @@ from anchor_cli.base.console import progress
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
 from anchor_cli.base.files import sha256_file, staged_folder, words_for_disk_errors, write_json, write_text_atomic
 from anchor_cli.base.hub import revision_of
+from anchor_cli.base.language import language_of
 from anchor_cli.data.benchmarks.beir import (
     CORPUS_FILE,
     QRELS_FILE,
@@ -24,7 +25,6 @@ from anchor_cli.data.benchmarks.beir import (
     Benchmark,
     Row,
     assemble,
-    language_of,
     read_beir,
     read_jsonl,
     read_judgements,
@@ -83,7 +83,7 @@ def read_nano(source: str, subset: str, language: str | None = None) -> Benchmar
     queries = read_texts(_rows(source, "queries", subset), repeats=True)
     corpus = read_texts(_rows(source, "corpus", subset), repeats=True)
     qrels = read_judgements(_rows(source, "qrels", subset), repeats=True)
-    language = language or language_of(queries.values())
+    language = language or language_of(" ".join(queries.values()))
     return assemble(f"{language}/{subset}", language, queries, corpus, qrels, f"{source}/{subset}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anchor_cli.data.text import language_of
+from anchor_cli.base.language import language_of
 
 REASONS = {
     "unreadable": "the line is not a JSON object, or the CSV row has not the header's number of fields",

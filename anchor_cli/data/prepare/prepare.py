@@ -46,7 +46,7 @@ from anchor_cli.data.prepare.summary import PrepareSummary, Tally
 from anchor_cli.data.prepare.workers import in_order
 from anchor_cli.data.sources.files import Limits
 from anchor_cli.data.sources.sources import Asked, Source, open_source, require_parts
-from anchor_cli.data.text import TextEncoder, eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.data.text import TextEncoder, contract_with, load_tokenizer
 
 REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
 _SMALL_ROWS, _SMALL_BYTES = 3000, 1 << 20  # less is done before another process has started
@@ -265,7 +265,6 @@ def _contract(
     training_instructions: dict[str, str],
 ) -> TextContract:
     loaded = load_tokenizer(tokenizer)
-    eos_token, eos_token_id = eos_of(loaded, text_template)
     encoder = TextEncoder(loaded, text_template, max_seq_length)
     for language, instruction in training_instructions.items():
         if encoder.try_encode_batch(["a"], instruction or None)[0] is None:
@@ -273,14 +272,12 @@ def _contract(
                 f"instruction {language!r} and template leave no room for content in {max_seq_length} tokens",
                 "raise --max-seq-length or shorten the instruction",
             )
-    return TextContract(
+    return contract_with(
+        loaded,
         text_template=text_template,
         instructions=instructions,
         training_instructions=training_instructions,
         max_seq_length=max_seq_length,
-        eos_token=eos_token,
-        eos_token_id=eos_token_id,
-        tokenizer_fingerprint=tokenizer_fingerprint(loaded),
     )
 
 
