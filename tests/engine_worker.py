@@ -6,6 +6,7 @@ Started as: torchrun --nproc-per-node 2 tests/engine_worker.py MODEL OUT
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.deepspeed import build_engine, quiet_deepspeed, start_processes, train_step
+from anchor_cli.train.deepspeed import NonFiniteGradient, build_engine, quiet_deepspeed, start_processes, train_step
 
 CONFIGS = ("zero2_fp32", "zero2_bf16", "zero1_bf16", "zero3_bf16", "zero2_offload_bf16")
+BAD = {"zero2_fp32": math.nan, "zero2_bf16": math.nan, "zero1_bf16": math.inf, "zero3_bf16": math.nan,
+       "zero2_offload_bf16": math.inf}  # fmt: skip
 CUT = ((0, 2), (2, 6), (6, 7), (7, 12))  # rows of the four micro-batches: two a rank, of unlike size
 LEARNING_RATES = (1e-3, 5e-4)
 
@@ -98,6 +101,14 @@ def train_with(config: str, model: Path, ranks: Ranks, rows: Any, eos: int) -> d
         got = {n: safe_get_full_fp32_param(p).clone() for n, p in named.items()}
         found["weights"].append(distance(got, weights[step]))
     found["norm"] = float(engine.get_global_grad_norm())
+    before = {n: safe_get_full_fp32_param(p).clone() for n, p in named.items()}
+    bad = BAD[config] if ranks.rank == 1 else d2q  # one rank's gradient alone: both must refuse
+    try:
+        train_step(engine, mine, d2q_scale=bad, q2d_scale=q2d, learning_rate=1e-3)
+        found["refused"] = False
+    except NonFiniteGradient:
+        found["refused"] = True
+    found["unchanged"] = all(torch.equal(safe_get_full_fp32_param(p), before[n]) for n, p in named.items())
     return found
 
 

@@ -49,3 +49,9 @@ def test_every_shipped_bf16_config_trains_and_stays_near_fp32(found: dict[str, A
 def test_the_loss_falls(found: dict[str, Any]) -> None:
     for config, facts in found.items():
         assert facts["losses"][1] < facts["losses"][0], config
+
+
+def test_nan_and_inf_of_one_rank_are_refused_before_any_weight_changes(found: dict[str, Any]) -> None:
+    """Without DeepSpeed's own check of every gradient (bf16.check_grad_overflow), by the norm alone."""
+    for config, facts in found.items():
+        assert facts["refused"] and facts["unchanged"], config

@@ -1,7 +1,7 @@
-"""Packed causal attention for stock transformers models: one code path, three kernels.
+"""Packed causal attention for stock transformers models: one code path, one kernel of several.
 
 A packed row holds the tokens of N texts one after another; `cu_seqlens` (N+1,) are the text boundaries. No token sees
-another text and no padding exists. The kernel is a variable-length flash attention on CUDA (`flash-attn` 3 or 2 if
+another text and no padding exists. The kernel is a variable-length flash attention on CUDA (flash-attn 3, 4 or 2 if
 installed, else PyTorch's own `torch.nn.attention.varlen`), and one causal SDPA per text elsewhere.
 
 The function is registered with transformers' `AttentionInterface`, so the model classes stay stock.
@@ -11,7 +11,7 @@ Shapes: T tokens, H query heads, K key/value heads, d head dimension.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 
 from anchor_cli.base.console import warn
 from anchor_cli.base.errors import InputError
-from anchor_cli.model.kernel_packages import FLASH_MODULES
+from anchor_cli.model.kernel_packages import FLASH_MODULES, is_installed
 
 PACKED_ATTENTION = "anchor_packed"
 
@@ -99,6 +99,30 @@ def varlen_kernel(
     return out[0] if isinstance(out, tuple) else out
 
 
+def varlen_fa3_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
+) -> torch.Tensor:
+    """`varlen_kernel` with torch's operators routed to flash-attn 3 (torch >= 2.13, a prototype there)."""
+    _route_varlen("FA3")
+    return varlen_kernel(query, key, value, packing, scale)
+
+
+def varlen_fa4_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
+) -> torch.Tensor:
+    """`varlen_kernel` with torch's operators routed to flash-attn 4 (torch >= 2.13, a prototype there)."""
+    _route_varlen("FA4")
+    return varlen_kernel(query, key, value, packing, scale)
+
+
+@cache
+def _route_varlen(implementation: str) -> None:
+    """For the whole process: torch knows one active implementation of its flash attention operators."""
+    import torch.nn.attention
+
+    torch.nn.attention.activate_flash_attention_impl(implementation)
+
+
 def flash_2_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
@@ -124,19 +148,42 @@ def flash_3_kernel(
     return first
 
 
+def flash_4_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
+) -> torch.Tensor:
+    """`flash_attn.cute.flash_attn_varlen_func` (flash-attn 4, Hopper and Blackwell); may return (out, lse).
+
+    By keyword only: its fourth positional argument is `qv`, not `cu_seqlens_q`.
+    """
+    from flash_attn.cute import flash_attn_varlen_func
+
+    bounds, longest = packing.cu_seqlens, max(packing.lengths)
+    out = flash_attn_varlen_func(
+        q=query, k=key, v=value, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest,
+        softmax_scale=scale, causal=True,
+    )  # fmt: skip
+    first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return first
+
+
 KERNELS: dict[str, Kernel] = {
     "flash_attention_3": flash_3_kernel,
+    "flash_attention_4": flash_4_kernel,
     "flash_attention_2": flash_2_kernel,
     "varlen": varlen_kernel,
     "sdpa": sdpa_kernel,
+    "varlen_fa3": varlen_fa3_kernel,
+    "varlen_fa4": varlen_fa4_kernel,
 }
-"""Fastest first."""
+"""Expected fastest first (unmeasured on a card); `auto` does not go beyond `sdpa`."""
+HOPPER_OR_NEWER = {"flash_attention_3": (9,), "varlen_fa3": (9,), "flash_attention_4": (9, 10), "varlen_fa4": (9, 10)}
+"""Major compute capabilities that a kernel is built for; the others run from 8 (Ampere) on."""
 
 
 def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that will run, for `attn_implementation` = `wish`.
 
-    `auto` takes the first of flash-attn 3, flash-attn 2, torch varlen that can be imported, on CUDA with half
+    `auto` takes the first of flash-attn 3, 4, 2, torch varlen that can be imported, on CUDA with half
     precision, and SDPA everywhere else. A flash kernel asked for by name falls back to torch's varlen on CUDA when its
     package cannot be imported, and to SDPA off CUDA or in fp32/fp64 (no flash kernel exists there): the result is the
     same text by text, so a spec that says `flash_attention_2` runs whole on a laptop. `anchor doctor` and the run's
@@ -152,20 +199,26 @@ def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
         return "sdpa"
     capability = torch.cuda.get_device_capability(device)
     for name in KERNELS if wish == "auto" else (wish, "varlen"):
-        if name == "flash_attention_3" and capability[0] != 9:
+        if name == "sdpa":
+            break
+        if capability[0] not in HOPPER_OR_NEWER.get(name, range(8, 100)):
             continue
         if name == "varlen":
-            if importlib.util.find_spec("torch.nn.attention.varlen") is not None and capability[0] >= 8:
+            if is_installed("torch.nn.attention.varlen"):
                 return name
-        elif name != "sdpa" and _works(FLASH_MODULES[name]):
+        elif _works(FLASH_MODULES[name]) and (not name.startswith("varlen_") or _can_route()):
             return name
     return "sdpa"
+
+
+def _can_route() -> bool:
+    return hasattr(torch.nn.attention, "activate_flash_attention_impl")
 
 
 @cache
 def _works(module: str) -> bool:
     """Whether a flash package can be used. One built for another torch is found and dies when it is imported."""
-    if importlib.util.find_spec(module) is None:
+    if not is_installed(module):
         return False
     try:
         if hasattr(importlib.import_module(module), "flash_attn_varlen_func"):
@@ -207,8 +260,9 @@ def _packed_attention(
             hint=f"max_seq_length of at most {sliding_window}",
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-    return KERNELS[packing.kernel](query, key, value, packing, scale)[None], None
+    # squeeze, not [0]: the gradient of an index is a copy into zeros, that of squeeze is a view
+    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    return KERNELS[packing.kernel](query, key, value, packing, scale).unsqueeze(0), None
 
 
 def register() -> None:

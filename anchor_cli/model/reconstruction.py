@@ -53,12 +53,12 @@ class ReconstructionModel(nn.Module):
         """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm."""
         decoder = self.language_model.get_decoder()
         out = decoder(
-            inputs_embeds=inputs[None],
-            position_ids=packing.position_ids[None],
+            inputs_embeds=inputs.unsqueeze(0),
+            position_ids=packing.position_ids.unsqueeze(0),
             use_cache=False,
             packing=Packing(packing.cu_seqlens, packing.lengths, self.kernel),
         )
-        hidden: torch.Tensor = out.last_hidden_state[0]
+        hidden: torch.Tensor = out.last_hidden_state.squeeze(0)
         return hidden
 
     def encode(self, texts: PackedTexts, content_starts: torch.Tensor | None = None) -> torch.Tensor:

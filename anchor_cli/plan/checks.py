@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from anchor_cli.data.benchmarks.benchmarks import (
 from anchor_cli.data.benchmarks.nanobeir import MANIFEST_FILE, is_nano_folder
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for
-from anchor_cli.model.kernel_packages import FLASH_MODULES, INSTALL_FLASH_ATTN
+from anchor_cli.model.kernel_packages import FLASH_MODULES, INSTALL_FLASH_ATTN, is_installed
 from anchor_cli.plan.estimate import Estimate, Hardware
 from anchor_cli.plan.hardware import local_gpus
 from anchor_cli.plan.inputs import place_of
@@ -139,7 +138,7 @@ def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Chec
         yield Check("attention", "ok", f"{wish}: SDPA text by text, as on every CPU")
     elif elsewhere:
         yield Check("attention", "ok", f"{wish} (kernels of the training host: anchor doctor SPEC there)")
-    elif (module := FLASH_MODULES.get(wish)) and find_spec(module) is None:
+    elif (module := FLASH_MODULES.get(wish)) and not is_installed(module):
         yield Check("attention", "warn", f"{wish}: {module} is not installed, torch's varlen attention will run",
                     f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")  # fmt: skip
     elif wish == "sdpa":

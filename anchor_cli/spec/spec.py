@@ -111,8 +111,18 @@ class RunSpec(BaseModel):
     # arithmetic
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of forward and backward passes; master weights and optimizer state are float32 either way."""
-    attn_implementation: Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa"] = "auto"
-    """Attention kernel. `auto`: flash-attn if installed, else PyTorch's varlen attention, else SDPA text by text."""
+    attn_implementation: Literal[
+        "auto",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "varlen",
+        "varlen_fa3",
+        "varlen_fa4",
+        "sdpa",
+    ] = "auto"
+    """Attention kernel. `auto`: flash-attn if installed, else PyTorch's varlen attention, else SDPA text by text.
+    `varlen_fa3` and `varlen_fa4` are PyTorch's, routed to flash-attn 3 or 4 (torch >= 2.13)."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass to save memory. `auto`: only when they would not fit."""
     torch_compile: bool = False
