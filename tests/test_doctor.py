@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_nvml import Card, FakeNvml, install
 
-from anchor_cli.base.check import Check
+from anchor_cli.base.check import Check, lines_of
 from anchor_cli.doctor import doctor
 from anchor_cli.doctor import gpu as doctor_gpu
 from anchor_cli.doctor import host as doctor_host
 from anchor_cli.doctor import parallel as doctor_parallel
 from anchor_cli.doctor import software as doctor_software
-from anchor_cli.doctor.doctor import Probe
-from anchor_cli.doctor.needs import Wishes, wishes_of
+from anchor_cli.doctor.doctor import HostCheck
+from anchor_cli.doctor.needs import Needs
 from anchor_cli.train.deepspeed_versions import TESTED as TESTED_DEEPSPEED
 from anchor_cli.train.deepspeed_versions import refused_deepspeed
 
@@ -28,16 +29,16 @@ ROOT = Path(__file__).parents[1]
 KURE = ROOT / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
 
 
-def ask(probe: Probe, wishes: Wishes | None = None) -> list[Check]:
-    checks = list(probe(wishes or Wishes()))
+def ask(host_check: HostCheck, needs: Needs | None = None) -> list[Check]:
+    checks = list(host_check(needs or Needs()))
     for check in checks:
         assert (check.remedy is None) == (check.status == "ok"), check
         assert "\n" not in check.message
     return checks
 
 
-def only(probe: Probe, wishes: Wishes | None = None) -> Check:
-    (check,) = ask(probe, wishes)
+def only(host_check: HostCheck, needs: Needs | None = None) -> Check:
+    (check,) = ask(host_check, needs)
     return check
 
 
@@ -103,10 +104,10 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     for total, want in ((64 << 20, "warn"), (512 << 20, "warn"), (16 << 30, "ok")):
         monkeypatch.setattr(doctor_host.shutil, "disk_usage", lambda _, total=total: usage(total, 0, total))
-        (check,) = doctor_host.shared_memory(Wishes(), tmp_path)
+        (check,) = doctor_host.shared_memory(Needs(), tmp_path)
         assert check.status == want
         assert ("Docker's default" in check.message) == (total == 64 << 20)
-    (check,) = doctor_host.shared_memory(Wishes(), tmp_path / "absent")
+    (check,) = doctor_host.shared_memory(Needs(), tmp_path / "absent")
     assert check.status == "warn"
 
 
@@ -114,20 +115,20 @@ def test_file_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1_048_576))
-    check = next(doctor_host.file_descriptors(Wishes()))
+    check = next(doctor_host.file_descriptors(Needs()))
     assert check.status == "warn" and "1,024" in check.message and "ulimit -n 65536" in str(check.remedy)
 
 
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
-    wishes = Wishes(output_dir=tmp_path / "not" / "yet" / "made")
+    needs = Needs(output_dir=tmp_path / "not" / "yet" / "made")
     for free_gb, want in ((0.5, ["fail"]), (4, ["fail", "ok"]), (20, ["warn", "ok"]), (900, ["ok", "ok"])):
         free = int(free_gb * 1e9)
         monkeypatch.setattr(doctor_host.shutil, "disk_usage", lambda _, free=free: usage(free, 0, free))
         monkeypatch.setattr(doctor_host, "write_speed", lambda _: 900.0)
-        assert [check.status for check in ask(doctor_host.disk, wishes)] == want
+        assert [check.status for check in ask(doctor_host.disk, needs)] == want
     monkeypatch.setattr(doctor_host, "write_speed", lambda _: 83.0)
-    assert ask(doctor_host.disk, wishes)[1].message == (
+    assert ask(doctor_host.disk, needs)[1].message == (
         f"83 MB/s into {tmp_path}: a checkpoint of 0.6B parameters takes 100 s"
     )
 
@@ -183,62 +184,65 @@ def test_wandb_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     secret = "0123456789abcdef" * 3
     rc = tmp_path / "netrc"
     monkeypatch.setenv("NETRC", str(rc))
-    wishes = Wishes(report_to=("wandb",))
-    assert only(doctor_host.wandb, wishes).status == "warn" and only(doctor_host.wandb).status == "ok"
+    needs = Needs(report_to=("wandb",))
+    assert only(doctor_host.wandb, needs).status == "warn" and only(doctor_host.wandb).status == "ok"
     rc.write_text(f"machine api.wandb.ai login user password {secret}\n")
     rc.chmod(0o600)
-    check = only(doctor_host.wandb, wishes)
+    check = only(doctor_host.wandb, needs)
     assert check.status == "ok" and secret not in repr(check)
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")  # the key is not this server's
-    assert only(doctor_host.wandb, wishes).status == "warn"
+    assert only(doctor_host.wandb, needs).status == "warn"
     rc.write_text(f"# wandb\nmachine wandb.example.org login user password {secret}\n")
-    assert only(doctor_host.wandb, wishes).status == "ok"
+    assert only(doctor_host.wandb, needs).status == "ok"
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    assert only(doctor_host.wandb, wishes).message == "off by WANDB_DISABLED"
-
-
-def test_gpu_topology_is_read() -> None:
-    topology = """\t\x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tCPU Affinity\x1b[0m
-GPU0\t X \tNV12\tSYS\tPXB\tNODE\t0-31
-GPU1\tNV12\t X \tSYS\tSYS\tNODE\t0-31
-GPU2\tSYS\tSYS\t X \tNV12\tSYS\t32-63
-GPU3\tPXB\tSYS\tNV12\t X \tSYS\t32-63
-NIC0\tNODE\tNODE\tSYS\tSYS\t X \t
-
-Legend:
-"""
-    want = {(0, 1): "NV12", (0, 2): "SYS", (0, 3): "PXB", (1, 2): "SYS", (1, 3): "SYS", (2, 3): "NV12"}
-    assert doctor_gpu.parse_links(topology) == want
-    assert doctor_gpu.parse_links("") == {}
+    assert only(doctor_host.wandb, needs).message == "off by WANDB_DISABLED"
 
 
 def test_links_are_those_of_the_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA_VISIBLE_DEVICES=3,2: torch's 0 and 1 are nvidia-smi's 3 and 2."""
+    """CUDA_VISIBLE_DEVICES=3,2: torch's 0 and 1 are the driver's 3 and 2. Then cards behind a switch, cards on PCIe."""
     import torch
 
-    printed = {
-        "topo": "\tGPU0\tGPU1\tGPU2\tGPU3\nGPU0\tX\tSYS\tSYS\tSYS\nGPU1\tSYS\tX\tSYS\tSYS\nGPU2\tSYS\tSYS\tX\tNV18",
-        "--query-gpu=uuid,index": "\n".join(f"GPU-{index}{index}, {index}" for index in range(4)),
-    }
-    monkeypatch.setattr(doctor_gpu, "smi", lambda first, *_: printed[first])
-    monkeypatch.setattr(doctor_gpu, "uuid_of", lambda index: ("GPU-33", "GPU-22")[index])
+    class Properties:
+        def __init__(self, index: int) -> None:
+            self.uuid = ("33", "22")[index]
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
-    assert only(doctor_gpu.links).message == "peer access and NVLink between all 2 (NV18)"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    pairs: list[tuple[int | None, ...]] = [(1,) * 6, (0,) * 6, (3,) * 18, (2,) * 18]
+    for links, want in ((pairs, "NV18"), ([(None,) * 4] * 4, "NV4")):
+        cards = [Card(uuid=f"GPU-{index}{index}", links=links[index]) for index in range(4)]
+        install(monkeypatch, FakeNvml(cards))
+        assert only(doctor_gpu.links).message == f"peer access and NVLink between all 2 ({want})"
+    install(monkeypatch, FakeNvml([Card(uuid=f"GPU-{index}{index}") for index in range(4)]))
+    assert only(doctor_gpu.links).message == "peer access, but no NVLink between 0-1 SYS"
+
+
+def test_memory_errors_of_a_card_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    class Properties:
+        uuid = "22"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    install(monkeypatch, FakeNvml([Card(uuid="GPU-11"), Card(uuid="GPU-22", ecc_errors=3)]))
+    assert doctor_gpu.uncorrected_errors(0) == 3
+    install(monkeypatch, FakeNvml([Card(uuid="GPU-11", ecc_errors=3)]))
+    assert doctor_gpu.uncorrected_errors(0) == 0  # the driver does not know torch's card
 
 
 def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from anchor_cli.spec.spec import RunSpec
 
     spec = RunSpec(model_name_or_path="m", dataset_file_path="d", output_dir="~/runs")
-    assert wishes_of(spec).output_dir == Path.home() / "runs"
+    assert Needs.of(spec).output_dir == Path.home() / "runs"
 
 
 def test_attention_kernel_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from anchor_cli.model import attention
 
-    good = only(doctor_gpu.attention_kernel, Wishes(attn_implementation="flash_attention_2"))
+    good = only(doctor_gpu.attention_kernel, Needs(attn_implementation="flash_attention_2"))
     assert good.status == "ok"
 
     def leaky(query, key, value, packing, scale):  # type: ignore[no-untyped-def]
@@ -252,11 +256,11 @@ def test_attention_kernel_is_really_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_check_that_breaks_is_a_line() -> None:
-    def broken(_: Wishes):  # type: ignore[no-untyped-def]
+    def broken(_: Needs):  # type: ignore[no-untyped-def]
         raise OSError("driver\nwent away")
         yield
 
-    (check,) = doctor._guarded("driver", broken, Wishes())
+    (check,) = doctor._guarded("driver", broken, Needs())
     assert check.status == "fail" and check.message == "the check itself failed: OSError: driver went away"
 
 
@@ -278,7 +282,7 @@ def test_a_hanging_and_a_dying_rank_are_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2_fp32", "zero2_bf16"])
 def test_gradients_of_this_deepspeed_are_right(config: str) -> None:
-    check = only(doctor_parallel.gradients, Wishes(deepspeed=config))
+    check = only(doctor_parallel.gradients, Needs(deepspeed=config))
     assert check.status == "ok", check.message
 
 
@@ -302,7 +306,7 @@ def test_gradients_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch, tmp
         "    e.build_engine = broken\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    check = only(doctor_parallel.gradients, Wishes(deepspeed="zero2_fp32"))
+    check = only(doctor_parallel.gradients, Needs(deepspeed="zero2_fp32"))
     assert check.status == "fail" and "relative error" in check.message
 
 
@@ -334,7 +338,7 @@ def _environment() -> dict[str, str]:
 
 
 def test_lines() -> None:
-    assert doctor.lines_of(Check("disk", "warn", "20 GB free", "clear it"), width=6) == [
+    assert lines_of(Check("disk", "warn", "20 GB free", "clear it"), width=6) == [
         "warn  disk   20 GB free",
         "             → clear it",
     ]

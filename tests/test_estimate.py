@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_nvml import Card, FakeNvml, install
 from test_benchmarks import write_nano
 
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
 from anchor_cli.plan import estimate, flops
-from anchor_cli.plan.checks import examine
+from anchor_cli.plan.checks import check_plan
 from anchor_cli.plan.estimate import Hardware, Rows, Throughput
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name, local_gpus
@@ -127,11 +128,12 @@ def test_gpu_names() -> None:
     assert gpu_of_device_name("Tesla T4") is None
 
 
-def test_gpus_are_counted_by_their_files_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_counted_by_their_files_without_the_drivers_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     monkeypatch.setattr("anchor_cli.plan.hardware.DEVICES", tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert len(local_gpus()) == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -140,12 +142,7 @@ def test_gpus_are_counted_by_their_files_without_nvidia_smi(tmp_path: Path, monk
         hardware_of(None, None)
 
 
-SMI = """#!/bin/sh
-[ "$1" = --query-gpu=name,memory.total,uuid ] || exit 1
-echo "NVIDIA H100 NVL, 95830, GPU-aa11"
-echo "NVIDIA H100 NVL, 95830, GPU-bb22"
-echo "NVIDIA GeForce RTX 4090, 24564, GPU-cc33"
-"""
+CARDS = [Card(uuid="GPU-aa11"), Card(uuid="GPU-bb22"), Card("NVIDIA GeForce RTX 4090", 24564, "GPU-cc33")]
 
 
 @pytest.mark.parametrize(
@@ -154,13 +151,10 @@ echo "NVIDIA GeForce RTX 4090, 24564, GPU-cc33"
      ("MIG-1234", [0]), ("NoDevFiles", [])],
 )  # fmt: skip
 def test_plan_and_train_count_the_same_gpus(
-    visible: str | None, want: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, want: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA's rule for CUDA_VISIBLE_DEVICES, over a driver with three cards."""
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(SMI)
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    install(monkeypatch, FakeNvml(CARDS))
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -181,7 +175,7 @@ def test_plan_and_train_count_the_same_gpus(
 
 
 def checked(name: str, **keys: Any) -> list[tuple[str, str]]:
-    checks = examine(spec(**keys), Hardware(None, 1, None), made(), {})
+    checks = check_plan(spec(**keys), Hardware(None, 1, None), made(), {})
     return [(check.status, check.message) for check in checks if check.name == name]
 
 

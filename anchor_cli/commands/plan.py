@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchor_cli.base.check import lines_of
 from anchor_cli.base.console import print_json
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson, Overrides, SpecFile
@@ -42,7 +43,7 @@ def plan(
 ) -> None:
     """Say what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
     from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
-    from anchor_cli.plan.checks import examine
+    from anchor_cli.plan.checks import check_plan
     from anchor_cli.plan.estimate import Throughput, estimate
     from anchor_cli.plan.inputs import asks_the_hub, hardware_of, rows_of, shape_of
     from anchor_cli.spec.deepspeed import load_ds_config
@@ -74,7 +75,7 @@ def plan(
             rate = measured.tokens_per_s * hardware.num_gpus
             throughput = Throughput(tokens_per_s=rate, basis=f"probe: {rate:,.0f} tokens/s")
             made = estimate(run, shape, lengths, hardware, ds_config, throughput, liger=liger)
-    checks = list(examine(run, hardware, made, ds_config))
+    checks = list(check_plan(run, hardware, made, ds_config))
     if as_json:
         print_json(_document(made, hardware, shape_source, checks, measured))
     else:
@@ -95,8 +96,6 @@ def _document(made: Estimate, hardware: Any, shape_source: str, checks: list[Any
 
 
 def _print(made: Estimate, hardware: Any, shape_source: str, checks: list[Any], measured: Probe | None) -> None:
-    from anchor_cli.doctor.doctor import lines_of
-
     where = f"{hardware.num_gpus} x {hardware.gpu.name}" if hardware.gpu else f"{hardware.num_gpus} CPU process(es)"
     lines = [("planned for", where), ("model", f"{made.parameters / 1e6:,.0f}M parameters ({shape_source})")]
     for name, value in (*lines, *_work(made), *_resources(made, measured)):

@@ -1,7 +1,7 @@
-"""`anchor doctor`: is this host fit to train. One line a question: ok, warn or fail, and what to do about it.
+"""`anchor doctor`: is this host fit to train. One line a check: ok, warn or fail, and what to do about it.
 
-`warn` is what makes a run slow, fragile or small; `fail` is what makes it stop or be wrong. Every check is independent:
-one that breaks becomes a `fail` line of its own and the others still speak. Useful without a GPU too.
+`warn` is what makes a run slow, fragile or small; `fail` is what makes it stop or be wrong. Checks are independent: one
+that raises becomes a `fail` line of its own and the others still run. Useful without a GPU too.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import asdict
 from typing import Any
 
 from anchor_cli.base.check import Check
-from anchor_cli.doctor.needs import Wishes
+from anchor_cli.doctor.needs import Needs
 
-Probe = Callable[[Wishes], Iterator[Check]]
+HostCheck = Callable[[Needs], Iterator[Check]]
 
 
-def examine(wishes: Wishes, *, gradients: bool = False) -> Iterator[Check]:
+def check_host(needs: Needs, *, gradients: bool = False) -> Iterator[Check]:
     """Run every check and yield its line as soon as it is known (software, GPUs, host; the slow ones last).
 
     Args:
-        wishes: where the run will write and which kernel it asks for.
+        needs: where the run will write and which kernel it asks for.
         gradients: also compare DeepSpeed's accumulated gradients with plain autograd on this host (some 30 s).
     """
     from anchor_cli.doctor import gpu as doctor_gpu
@@ -28,7 +28,7 @@ def examine(wishes: Wishes, *, gradients: bool = False) -> Iterator[Check]:
     from anchor_cli.doctor import parallel as doctor_parallel
     from anchor_cli.doctor import software as doctor_software
 
-    probes: list[tuple[str, Probe]] = [
+    checks: list[tuple[str, HostCheck]] = [
         ("python", doctor_software.python),
         ("packages", doctor_software.packages),
         ("deepspeed", doctor_software.deepspeed),
@@ -48,14 +48,14 @@ def examine(wishes: Wishes, *, gradients: bool = False) -> Iterator[Check]:
         ("all-reduce", doctor_parallel.all_reduce),
     ]
     if gradients:
-        probes.append(("gradients", doctor_parallel.gradients))
-    for name, probe in probes:
-        yield from _guarded(name, probe, wishes)
+        checks.append(("gradients", doctor_parallel.gradients))
+    for name, check in checks:
+        yield from _guarded(name, check, needs)
 
 
-def _guarded(name: str, probe: Probe, wishes: Wishes) -> Iterator[Check]:
+def _guarded(name: str, check: HostCheck, needs: Needs) -> Iterator[Check]:
     try:
-        yield from probe(wishes)
+        yield from check(needs)
     except Exception as error:  # a broken host breaks checks in ways nobody listed
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         yield Check(name, "fail", f"the check itself failed: {reason}", "see docs/troubleshooting.md, or report it")
@@ -66,11 +66,3 @@ def summary(checks: list[Check]) -> dict[str, Any]:
     counts = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")}
     verdict = "fail" if counts["fail"] else "warn" if counts["warn"] else "ok"
     return {"verdict": verdict, "counts": counts, "checks": [asdict(check) for check in checks]}
-
-
-def lines_of(check: Check, width: int = 17) -> list[str]:
-    """A check as one or two plain lines: `warn  shared memory    64 MB …` and `→ remedy` below."""
-    lines = [f"{check.status:<5} {check.name:<{width}} {check.message}"]
-    if check.remedy is not None:
-        lines.append(f"{'':<5} {'':<{width}} → {check.remedy}")
-    return lines

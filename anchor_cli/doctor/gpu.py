@@ -5,62 +5,49 @@ Written against NVIDIA's and PyTorch's documentation; the CUDA branches are unme
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 from anchor_cli.base.check import Check
-from anchor_cli.doctor.needs import Wishes
+from anchor_cli.doctor.needs import Needs
 from anchor_cli.doctor.software import version_of
 from anchor_cli.model.kernel_packages import INSTALL_FLASH_ATTN
+from anchor_cli.plan.hardware import nvml
 
 GIB = 1 << 30
+TOPOLOGY = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
+"""NVML's `nvmlGpuTopologyLevel_t`, by the names of `nvidia-smi topo -m`."""
 LITTLE_FREE = 0.9
 """Below this free share of a card somebody else is on it (assumption)."""
 
 
-def smi(*arguments: str) -> str | None:
-    """What `nvidia-smi` prints, or None when it is missing or fails."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    try:
-        return subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def uuid_of(index: int) -> str:
-    """nvidia-smi's name of torch's GPU `index`, whose numbers differ under CUDA_VISIBLE_DEVICES: `GPU-5a1b…`."""
+def handle_of(library: Any, index: int) -> Any:
+    """NVML's handle of torch's GPU `index`, whose numbers differ under CUDA_VISIBLE_DEVICES."""
     import torch
 
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    return library.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
-def physical_numbers(listed: str) -> dict[str, int]:
-    """`nvidia-smi --query-gpu=uuid,index --format=csv,noheader` -> {"GPU-5a1b…": 3}."""
-    rows = [line.split(",") for line in listed.splitlines() if line.count(",") == 1]
-    return {uuid.strip(): int(index) for uuid, index in rows if index.strip().isdigit()}
+def driver_version() -> str | None:
+    with nvml() as library:
+        return None if library is None else str(library.nvmlSystemGetDriverVersion())
 
 
-def gpus(_: Wishes) -> Iterator[Check]:
+def gpus(_: Needs) -> Iterator[Check]:
     import torch
 
-    driver = smi("--query-gpu=driver_version", "--format=csv,noheader")
+    driver = driver_version()
     if not torch.cuda.is_available():
         if driver:
             built = "has no CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
-            yield Check("driver", "fail", f"driver {driver.splitlines()[0]}, but torch {torch.__version__} {built}",
+            yield Check("driver", "fail", f"driver {driver}, but torch {torch.__version__} {built}",
                         "install the torch build that fits the driver: https://pytorch.org/get-started")  # fmt: skip
         else:
             yield Check("GPUs", "warn", "none: training runs on the CPU, which is for demos and tests",
                         "for real runs use a host with NVIDIA GPUs (docker run --gpus all)")  # fmt: skip
         return
-    version = (driver or "version unknown").splitlines()[0]
-    yield Check("driver", "ok", f"{version}, torch built for CUDA {torch.version.cuda}")
+    yield Check("driver", "ok", f"{driver or 'version unknown'}, torch built for CUDA {torch.version.cuda}")
     for index in range(torch.cuda.device_count()):
         yield from _one_gpu(index)
 
@@ -80,33 +67,53 @@ def _one_gpu(index: int) -> Iterator[Check]:
         yield Check(name, "warn", f"{said}: another process is on it", "nvidia-smi shows which; CUDA_VISIBLE_DEVICES")
     else:
         yield Check(name, "ok", f"{said}, bf16")
-    errors = smi("-i", uuid_of(index), "--query-gpu=ecc.errors.uncorrected.volatile.total", "--format=csv,noheader")
-    if errors and errors.isdigit() and int(errors) > 0:
+    if errors := uncorrected_errors(index):
         yield Check(f"{name} ECC", "fail", f"{errors} uncorrected memory errors since boot", "take the card out of use")
 
 
-def parse_links(topology: str) -> dict[tuple[int, int], str]:
-    """`nvidia-smi topo -m` -> {(0, 1): "NV12"}: NV<n> is n NVLinks, SYS/NODE/PHB/PXB/PIX are ways over PCIe."""
-    links: dict[tuple[int, int], str] = {}
-    columns: list[int] | None = None
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines():
-        cells = line.split()
-        if columns is None:
-            heads = [cell for cell in cells if re.fullmatch(r"GPU\d+", cell)]
-            if heads:
-                columns = [int(head[3:]) for head in heads]
-            continue
-        match = re.match(r"GPU(\d+)$", cells[0]) if cells else None
-        if match is None:
-            continue
-        row = int(match.group(1))
-        for column, cell in zip(columns, cells[1:], strict=False):
-            if row < column:
-                links[row, column] = cell
-    return links
+def uncorrected_errors(index: int) -> int:
+    """ECC errors since boot that were not corrected; 0 where the card does not count them."""
+    with nvml() as library:
+        if library is None:
+            return 0
+        try:
+            kinds = library.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, library.NVML_VOLATILE_ECC
+            return int(library.nvmlDeviceGetTotalEccErrors(handle_of(library, index), *kinds))
+        except library.NVMLError:
+            return 0
 
 
-def links(_: Wishes) -> Iterator[Check]:
+def link_between(library: Any, one: int, other: int) -> str:
+    """How two GPUs are connected, named as in `nvidia-smi topo -m`: NV<n> is n NVLinks, else a path over PCIe."""
+    try:
+        here, there = handle_of(library, one), handle_of(library, other)
+        if (
+            library.nvmlDeviceGetP2PStatus(here, there, library.NVML_P2P_CAPS_INDEX_NVLINK)
+            == library.NVML_P2P_STATUS_OK
+        ):
+            return f"NV{num_links(library, here, there)}"
+        return TOPOLOGY.get(library.nvmlDeviceGetTopologyCommonAncestor(here, there), "?")
+    except library.NVMLError:
+        return "?"
+
+
+def num_links(library: Any, here: Any, there: Any) -> int:
+    """Active NVLinks from one card to the other; behind an NVSwitch, where each leads to the switch, all of them."""
+
+    def address(pci: Any) -> tuple[int, int, int]:
+        return pci.domain, pci.bus, pci.device
+
+    ends = []
+    for link in range(library.NVML_NVLINK_MAX_LINKS):
+        try:
+            if library.nvmlDeviceGetNvLinkState(here, link):
+                ends.append(address(library.nvmlDeviceGetNvLinkRemotePciInfo(here, link)))
+        except library.NVMLError:  # this card has fewer links
+            break
+    return ends.count(address(library.nvmlDeviceGetPciInfo(there))) or len(ends)
+
+
+def links(_: Needs) -> Iterator[Check]:
     """P2P between every two GPUs, and whether NVLink carries it."""
     import torch
 
@@ -115,26 +122,23 @@ def links(_: Wishes) -> Iterator[Check]:
         return
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
     without = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
-    numbers = physical_numbers(smi("--query-gpu=uuid,index", "--format=csv,noheader") or "")
-    here = [numbers.get(uuid_of(index), index) for index in range(count)]
-    table = parse_links(smi("topo", "-m") or "")
-    listed = {(a, b): (min(here[a], here[b]), max(here[a], here[b])) for a, b in pairs}
-    ways = {pair: table[listed[pair]] for pair in pairs if listed[pair] in table}
-    slow = [pair for pair in pairs if not ways.get(pair, "").startswith("NV")]
-    kinds = ", ".join(sorted({ways[pair] for pair in pairs if pair in ways})) or "unknown"
+    with nvml() as library:
+        paths = {pair: "?" if library is None else link_between(library, *pair) for pair in pairs}
+    slow = [pair for pair in pairs if not paths[pair].startswith("NV")]
+    kinds = ", ".join(sorted({*paths.values()} - {"?"})) or "unknown"
     if without:
         named = ", ".join(f"{a}-{b}" for a, b in without[:4])
         yield Check("GPU links", "warn", f"no peer access between {named} ({kinds}): slow",
                     "turn IOMMU/ACS off in the BIOS, or take cards of one switch; see NCCL_DEBUG=INFO")  # fmt: skip
     elif slow:
-        named = ", ".join(f"{a}-{b} {ways.get((a, b), '?')}" for a, b in slow[:4])
+        named = ", ".join(f"{a}-{b} {paths[a, b]}" for a, b in slow[:4])
         yield Check("GPU links", "warn", f"peer access, but no NVLink between {named}",
                     "fine for 0.6B parameters; for larger models take cards with a bridge (H100 NVL)")  # fmt: skip
     else:
         yield Check("GPU links", "ok", f"peer access and NVLink between all {count} ({kinds})")
 
 
-def attention_kernel(wishes: Wishes) -> Iterator[Check]:
+def attention_kernel(needs: Needs) -> Iterator[Check]:
     """The kernel a run would use, run on four texts and compared with one SDPA a text in float32."""
     import torch
 
@@ -142,7 +146,7 @@ def attention_kernel(wishes: Wishes) -> Iterator[Check]:
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    name = attention.choose_kernel(wishes.attn_implementation, device, torch.bfloat16)
+    name = attention.choose_kernel(needs.attn_implementation, device, torch.bfloat16)
     lengths = (5, 1, 130, 64)
     total = sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +158,7 @@ def attention_kernel(wishes: Wishes) -> Iterator[Check]:
     got = attention.KERNELS[name](query, key, value, packing, 0.125).float()
     want = attention.sdpa_kernel(query.float(), key.float(), value.float(), packing, 0.125)
     error = float((got - want).abs().max())
-    asked = "" if wishes.attn_implementation in ("auto", name) else f" (asked for {wishes.attn_implementation})"
+    asked = "" if needs.attn_implementation in ("auto", name) else f" (asked for {needs.attn_implementation})"
     said = f"{name}{asked}, largest error {error:.1e} in bf16"
     if error > 0.05:  # bf16 keeps 8 bits: values up to 4 are off by up to 2^-7 x 4
         yield Check("attention kernel", "fail", said, "rebuild flash-attn, or attn_implementation: varlen")
@@ -166,7 +170,7 @@ def attention_kernel(wishes: Wishes) -> Iterator[Check]:
         yield Check("attention kernel", "ok", said)
 
 
-def liger(_: Wishes) -> Iterator[Check]:
+def liger(_: Needs) -> Iterator[Check]:
     """Liger's fused RMSNorm against PyTorch's own, when there is a GPU to run it on."""
     import torch
 

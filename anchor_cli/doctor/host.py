@@ -12,7 +12,7 @@ from pathlib import Path
 
 from anchor_cli.base.check import Check
 from anchor_cli.base.hub import hub_address, hub_answer, hub_is_off
-from anchor_cli.doctor.needs import Wishes
+from anchor_cli.doctor.needs import Needs
 from anchor_cli.train.metrics_log import has_wandb_key
 
 GB = 1e9
@@ -28,7 +28,7 @@ PROBE_MB = 64
 MAX_SKEW_S = 60.0
 
 
-def memory(_: Wishes) -> Iterator[Check]:
+def memory(_: Needs) -> Iterator[Check]:
     import psutil
 
     total = psutil.virtual_memory()
@@ -56,7 +56,7 @@ def _cgroup_limit() -> int | None:
     return None
 
 
-def shared_memory(_: Wishes, folder: Path = Path("/dev/shm")) -> Iterator[Check]:
+def shared_memory(_: Needs, folder: Path = Path("/dev/shm")) -> Iterator[Check]:
     """NCCL between GPUs of one host and data workers use /dev/shm; Docker gives it 64 MB."""
     if not folder.is_dir():
         yield Check("shared memory", "warn", f"no {folder} on this system", "run on Linux for more than one GPU")
@@ -70,7 +70,7 @@ def shared_memory(_: Wishes, folder: Path = Path("/dev/shm")) -> Iterator[Check]
         yield Check("shared memory", "ok", said)
 
 
-def file_descriptors(_: Wishes) -> Iterator[Check]:
+def file_descriptors(_: Needs) -> Iterator[Check]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -97,11 +97,11 @@ def existing_parent(path: Path) -> Path:
     return place
 
 
-def disk(wishes: Wishes) -> Iterator[Check]:
+def disk(needs: Needs) -> Iterator[Check]:
     """Free space where the run will write, and how fast it can write there (flushed to the disk)."""
-    place = existing_parent(wishes.output_dir)
+    place = existing_parent(needs.output_dir)
     free = shutil.disk_usage(place).free / GB
-    said = f"{free:,.0f} GB free for {wishes.output_dir}"
+    said = f"{free:,.0f} GB free for {needs.output_dir}"
     advice = "clear the disk, set output_dir elsewhere, or save_total_limit lower; anchor plan says what a run needs"
     if free < LEAST_FREE_GB:
         yield Check("disk", "fail", said, advice)
@@ -138,7 +138,7 @@ def write_speed(folder: Path, num_mb: int = PROBE_MB) -> float:
 PATIENCE_S = 5.0  # how long the Hub may take to answer
 
 
-def hub(_: Wishes) -> Iterator[Check]:
+def hub(_: Needs) -> Iterator[Check]:
     if hub_is_off():
         yield Check("Hub", "ok", "HF_HUB_OFFLINE is set: local folders and the cache only")
         return
@@ -153,7 +153,7 @@ def hub(_: Wishes) -> Iterator[Check]:
         yield Check("Hub", "ok", f"{address} answers, {who}")
 
 
-def clock(_: Wishes) -> Iterator[Check]:
+def clock(_: Needs) -> Iterator[Check]:
     """This host's clock against the Hub's Date header, or, without network, against the disk's time stamps."""
     remedy = "turn on time synchronisation (timedatectl set-ntp true)"
     date = None if hub_is_off() else hub_answer(hub_address(), PATIENCE_S)[0]
@@ -170,7 +170,7 @@ def clock(_: Wishes) -> Iterator[Check]:
         yield Check("clock", "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}, {skew:+.1f} s from {against}")
 
 
-def wandb(wishes: Wishes) -> Iterator[Check]:
+def wandb(needs: Needs) -> Iterator[Check]:
     """Whether a key is there; never the key."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         yield Check("W&B", "ok", "off by WANDB_DISABLED")
@@ -181,7 +181,7 @@ def wandb(wishes: Wishes) -> Iterator[Check]:
         return
     if has_wandb_key():
         yield Check("W&B", "ok", "a key is present")
-    elif "wandb" in wishes.report_to:
+    elif "wandb" in needs.report_to:
         yield Check("W&B", "warn", "no key: report_to wandb will run offline", "wandb login, or report_to: none")
     else:
         yield Check("W&B", "ok", "no key; not asked for")

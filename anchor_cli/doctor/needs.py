@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from anchor_cli.spec.spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the run to come needs, from a spec or the defaults."""
+class Needs:
+    """The parts of a spec that a host can fail."""
 
     output_dir: Path = Path("output")
     attn_implementation: str = "auto"
-    model: str | None = None
     report_to: tuple[str, ...] = ()
     deepspeed: str | None = None
 
-
-def wishes_of(spec: Any) -> Wishes:
-    """What a `RunSpec` needs of the host."""
-    report_to = spec.report_to if isinstance(spec.report_to, list | tuple) else [spec.report_to]
-    return Wishes(
-        output_dir=Path(spec.output_dir).expanduser(),
-        attn_implementation=spec.attn_implementation,
-        model=str(spec.model_name_or_path),
-        report_to=tuple(report_to),
-        deepspeed=spec.deepspeed,
-    )
+    @classmethod
+    def of(cls, spec: RunSpec) -> Needs:
+        return cls(Path(spec.output_dir).expanduser(), spec.attn_implementation, spec.reporters, spec.deepspeed)

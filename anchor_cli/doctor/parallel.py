@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.check import Check
-from anchor_cli.doctor.needs import Wishes
+from anchor_cli.doctor.needs import Needs
 from anchor_cli.processes.ranks import free_port
 
 ALL_REDUCE_TIMEOUT_S = 120.0
@@ -86,7 +86,7 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip()[:300] if lines else "no output"
 
 
-def all_reduce(_: Wishes) -> Iterator[Check]:
+def all_reduce(_: Needs) -> Iterator[Check]:
     """A sum over all ranks by NCCL (gloo on a CPU host): right, in time, and how fast."""
     count = num_workers()
     try:
@@ -105,10 +105,10 @@ def all_reduce(_: Wishes) -> Iterator[Check]:
         yield Check("all-reduce", "ok", said)
 
 
-def gradients(wishes: Wishes) -> Iterator[Check]:
+def gradients(needs: Needs) -> Iterator[Check]:
     """DeepSpeed's accumulated gradients of a small Stage I step against plain autograd of the same step."""
     count = min(num_workers(), 4)
-    config = wishes.deepspeed
+    config = needs.deepspeed
     try:
         answer = run_workers("gradients", count, GRADIENTS_TIMEOUT_S, **({"config": config} if config else {}))
     except WorkerFailed as error:

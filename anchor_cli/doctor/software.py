@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from anchor_cli.base.check import Check
-from anchor_cli.doctor.needs import Wishes
+from anchor_cli.doctor.needs import Needs
 from anchor_cli.processes.extension_locks import extension_locks, stale_extension_locks
 from anchor_cli.train.deepspeed_versions import TESTED as TESTED_DEEPSPEED
 from anchor_cli.train.deepspeed_versions import refused_deepspeed, release_of
@@ -37,7 +37,7 @@ INSTALL = "pip install -c constraints.txt . in the repository gives what is test
 OPTIONAL = ("sentence-transformers", "wandb")
 
 
-def python(_: Wishes) -> Iterator[Check]:
+def python(_: Needs) -> Iterator[Check]:
     version = sys.version_info
     said = f"{version.major}.{version.minor}.{version.micro}"
     oldest, newest = TESTED_PYTHON
@@ -57,7 +57,7 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def packages(_: Wishes) -> Iterator[Check]:
+def packages(_: Needs) -> Iterator[Check]:
     """Same major.minor as tested is fine; older or newer is a warning, missing a failure."""
     found = {name: version_of(name) for name in TESTED}
     missing = [name for name, version in found.items() if version is None and name not in OPTIONAL]
@@ -75,7 +75,7 @@ def packages(_: Wishes) -> Iterator[Check]:
         yield Check("packages", "ok", f"{', '.join(shown)}: as tested")
 
 
-def deepspeed(_: Wishes) -> Iterator[Check]:
+def deepspeed(_: Needs) -> Iterator[Check]:
     version = version_of("deepspeed")
     install = f"pip install deepspeed=={TESTED_DEEPSPEED}"
     if version is None:
@@ -90,7 +90,7 @@ def deepspeed(_: Wishes) -> Iterator[Check]:
         yield Check("deepspeed", "ok", version)
 
 
-def compiler(_: Wishes) -> Iterator[Check]:
+def compiler(_: Needs) -> Iterator[Check]:
     """Triton (Liger, torch.compile) compiles a launcher with a C compiler and Python's headers at first use."""
     named = os.environ.get("CC")
     found = next((name for name in ([named] if named else ["gcc", "cc", "clang"]) if shutil.which(name)), None)
@@ -106,7 +106,7 @@ def compiler(_: Wishes) -> Iterator[Check]:
         yield Check("compiler", "ok", f"{found} and Python headers" + (", nvcc" if nvcc else ""))
 
 
-def compiler_locks(_: Wishes) -> Iterator[Check]:
+def compiler_locks(_: Needs) -> Iterator[Check]:
     stale = stale_extension_locks()
     if stale:
         names = ", ".join(str(path) for path in stale)

@@ -33,7 +33,7 @@ from anchor_cli.spec.spec import RunSpec
 GB = 1e9
 
 
-def examine(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
+def check_plan(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
     """One check after the other; `elsewhere` below means: planned for GPUs that this machine has not."""
     elsewhere = hardware.gpu is not None and not local_gpus()
     yield from _model(spec)
