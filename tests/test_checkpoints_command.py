@@ -13,6 +13,7 @@ import pytest
 
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10
+from anchor_cli.base.runs import RunFolder
 from anchor_cli.commands.cli import run as anchor
 from anchor_cli.processes import launch, watchdog
 from anchor_cli.train.metrics_log import Appender, MetricsLog
@@ -287,7 +288,7 @@ def test_a_full_gpu_is_the_ranks_own_failure_with_its_own_remedy(tmp_path: Path)
         worker.enough_memory(1, "with 9,216 tokens", "lower max_tokens_per_micro_batch"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    noted = watchdog.failure_of(watchdog.where_folder(tmp_path), 1)
+    noted = watchdog.failure_of(RunFolder(tmp_path).heartbeats, 1)
     assert noted is not None and not noted.followed and not noted.agreed
     assert noted.hint == "lower max_tokens_per_micro_batch"
     assert launch.is_cause(launch.Ended(1, 11, 1, noted))

@@ -17,9 +17,10 @@ import pytest
 from faults.harness import Started, fork_server, losses, write_spec, write_world
 
 from anchor_cli.base.errors import InputError
+from anchor_cli.base.runs import RunFolder
 from anchor_cli.processes import launch
 from anchor_cli.processes import ranks as ranks_of
-from anchor_cli.processes.watchdog import Failure, where_folder
+from anchor_cli.processes.watchdog import Failure
 
 PATIENCE_S, END_S = 600.0, 60.0  # to start on a loaded machine; to end
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -123,11 +124,11 @@ def test_a_second_ctrl_c_waits_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_launcher_touches_nothing_of_a_run_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = where_folder(tmp_path)
+    where = RunFolder(tmp_path).heartbeats
     where.mkdir(parents=True)
     (where / "rank-0.json").write_text("{}")
     monkeypatch.setattr(launch, "Workers", lambda *_: None)
-    monkeypatch.setattr(launch, "_LOCK_S", 0.3)
+    monkeypatch.setattr("anchor_cli.base.runs.LOCK_TIMEOUT_S", 0.3)
     with open(tmp_path / ".lock", "w") as lock:
         lock.write("process 7 on node7")
         lock.flush()

@@ -17,12 +17,19 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 TRAINING_STATE = "training_state.json"
+OPTIMIZER_BYTES = 12
+"""Of one weight in a checkpoint's optimizer state: the fp32 weight and two fp32 moments."""
 
 
 def checkpoint_step(path: str | Path) -> int | None:
     """Optimizer steps of a checkpoint by its name, `checkpoint-N`; None for another name."""
     match = _CHECKPOINT_NAME.fullmatch(Path(path).name)
     return int(match[1]) if match else None
+
+
+def checkpoint_bytes(num_parameters: int, bytes_per_weight: int, rest: int) -> int:
+    """Bytes of a checkpoint: weights, the optimizer's state, and `rest` (tokenizer, configs, manifest)."""
+    return num_parameters * (bytes_per_weight + OPTIMIZER_BYTES) + rest
 
 
 def is_ours(folder: str | Path) -> bool:

@@ -5,15 +5,18 @@ The runs are remembered in `$ANCHOR_HOME/runs.jsonl` (default `~/.cache/anchor`)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from anchor_cli.base.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class RunFolder:
     def spec(self) -> Path:
         """The resolved spec."""
         return self.path / "spec.json"
+
+    @property
+    def ds_config(self) -> Path:
+        """The DeepSpeed config as it was written: `anchor replay` takes it."""
+        return self.path / "ds_config.json"
 
     @property
     def environment(self) -> Path:
@@ -56,6 +64,11 @@ class RunFolder:
         """What a rank wrote."""
         return self.logs / f"rank-{rank}.log"
 
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of `rank-N.json`, what rank N is doing, and `failed-N.json`, why it failed."""
+        return self.logs / "where"
+
     def incident(self, step: int) -> Path:
         """What was found at a step that was refused."""
         return self.path / f"incident-step-{step}.json"
@@ -65,31 +78,41 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
 
-def open_lock(run: Path) -> IO[str]:
-    """The file whose lock says that a process trains in the folder `run`; it names that process."""
-    return open(run / ".lock", "a+", encoding="utf-8")
+LOCK_TIMEOUT_S = 10.0  # how long the processes of a run that was just killed may need to go
+_held: dict[Path, BaseFileLock] = {}
 
 
-def take_lock(file: IO[str], run: Path, patience_s: float) -> None:
-    """Lock `open_lock`'s file until it is closed.
+def lock_run(run: Path, timeout_s: float | None = None) -> None:
+    """Make this process the only one that trains in the folder `run` until it ends: the kernel frees the lock.
 
-    `patience_s`: the processes of a run that was just killed may need a moment to go.
+    On a file system without locks nothing is locked.
 
     Raises:
-        InputError: another process trains in `run`.
-        OSError: a file system without locks.
+        InputError: another process trains in it; the lock's file names that process.
+        OSError: the lock's file cannot be written.
     """
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > end:
-                file.seek(0)
-                message = f"{run}: is being trained already by {file.read().strip() or 'another process'}"
-                raise InputError(message, hint="wait for it, end it, or give this run its own experiment_id") from None
-            time.sleep(0.2)
+    from filelock import FileLock, Timeout
+
+    if run.absolute() in _held:
+        return
+    path = run / ".lock"
+    lock = FileLock(path, timeout=LOCK_TIMEOUT_S if timeout_s is None else timeout_s, fallback_to_soft=False)
+    path.touch()
+    try:
+        lock.acquire()
+    except Timeout:
+        message = f"{run}: is being trained already by {path.read_text().strip() or 'another process'}"
+        raise InputError(message, hint="wait for it, end it, or give this run its own experiment_id") from None
+    except OSError:
+        return
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    _held[run.absolute()] = lock
+
+
+def unlock_run(run: Path) -> None:
+    """Give the lock back, where this process holds it."""
+    if lock := _held.pop(run.absolute(), None):
+        lock.release()
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:

@@ -24,10 +24,12 @@ def replay(
     """
     from anchor_cli.base.console import print_json, say
     from anchor_cli.base.errors import InputError
+    from anchor_cli.base.runs import RunFolder
     from anchor_cli.train import replay as engine
 
-    if not (run / "spec.json").is_file():
-        message = f"{run}: not the folder of a run: spec.json is missing"
+    files = RunFolder(run)
+    if not files.spec.is_file():
+        message = f"{run}: not the folder of a run: {files.spec.name} is missing"
         raise InputError(message, hint="give {output_dir}/{experiment_id}")
     found = engine.replay(run, step)
     if as_json:

@@ -71,6 +71,7 @@ def gradients(arguments: dict[str, str]) -> dict[str, Any]:
     model in the same precision, in this process alone, its gradients summed in float32 over all ranks' micro-batches.
     """
     from anchor_cli.model.attention import choose_kernel
+    from anchor_cli.model.reconstruction import target_scales
     from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
     from anchor_cli.spec.spec import RunSpec
     from anchor_cli.train.deepspeed import build_engine, start_processes
@@ -97,7 +98,9 @@ def gradients(arguments: dict[str, str]) -> dict[str, Any]:
     kernel = choose_kernel("auto", ranks.device, dtype)
     model = _model(dtype, kernel)
     engine, _ = build_engine(model, spec, config, ranks.device)
-    scale = _scale(batches)
+    queries = sum(batch.num_query_targets for batch in batches)
+    documents = sum(len(batch.target_ids) for batch in batches) - queries
+    scale = target_scales(spec.d2q_weight, spec.q2d_weight, queries, documents)
     undo = engine.world_size * engine.gradient_accumulation_steps()
     for index, batch in enumerate(mine):
         engine.backward(engine(batch.to(ranks.device), *scale).loss * undo)
@@ -174,13 +177,6 @@ def _batch(seed: int) -> PairBatch:
 
     starts = np.ones(PAIRS_PER_MICRO_BATCH, dtype=np.int32)
     return pack_pairs(texts(12), texts(40), starts, starts, eos_token_id=EOS_ID, targets="text")
-
-
-def _scale(batches: list[PairBatch]) -> tuple[float, float]:
-    """Weight of one D2Q and one Q2D target in the loss of the whole step (0.8 and 0.2 over their numbers)."""
-    queries = sum(batch.num_query_targets for batch in batches)
-    documents = sum(len(batch.target_ids) for batch in batches) - queries
-    return 0.8 / queries, 0.2 / documents
 
 
 def main() -> None:

@@ -24,6 +24,13 @@ from anchor_cli.model.packed import PackedTexts, PairBatch
 from anchor_cli.model.pooling import pool
 
 
+def target_scales(
+    d2q_weight: float, q2d_weight: float, query_targets: int, document_targets: int
+) -> tuple[float, float]:
+    """(d2q_scale, q2d_scale): weight of one D2Q and one Q2D target in the loss of a step that has so many of them."""
+    return d2q_weight / max(1, query_targets), q2d_weight / max(1, document_targets)
+
+
 class MicroBatchLoss(NamedTuple):
     """`loss` carries the gradient; the two sums (nats, detached) over D2Q and Q2D targets are for the log."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from anchor_cli.base.checkpoints import checkpoint_bytes
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.batches import deal, epoch_order, make_plan
 from anchor_cli.plan import flops
@@ -328,7 +329,7 @@ def communication_bytes(shape: ModelShape, options: StateOptions, micro_batches:
 def disk_of(spec: RunSpec, shape: ModelShape, steps: Steps) -> Disk:
     """Checkpoints: weights, and the optimizer's fp32 weights and two moments. One more while the next is written."""
     weight_bytes = 2 if spec.precision == "bfloat16" else 4
-    one = shape.num_parameters * (weight_bytes + 12) + CHECKPOINT_REST_BYTES
+    one = checkpoint_bytes(shape.num_parameters, weight_bytes, CHECKPOINT_REST_BYTES)
     every = schedule.interval_steps(spec.save_steps, steps.total_steps)  # a share is one of the whole schedule
     written = 1 + ((steps.last_step - 1) // every if every else 0)
     limit = spec.save_total_limit

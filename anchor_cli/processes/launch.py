@@ -19,17 +19,16 @@ from typing import IO
 
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, Stopped
-from anchor_cli.base.runs import open_lock, take_lock
+from anchor_cli.base.runs import RunFolder, lock_run, unlock_run
 from anchor_cli.processes.ranks import complete_rendezvous, free_port, threads_each
 from anchor_cli.processes.signals import AT_ONCE, SAME_KEY_S, STOP_SIGNALS, kill
-from anchor_cli.processes.watchdog import Failure, failure_of, forget_failures, where_folder
+from anchor_cli.processes.watchdog import Failure, failure_of, forget_failures
 
 LAUNCHED = "ANCHOR_LAUNCHED"  # process id of the launcher, for the workers it starts
 CLOSE_S = 60.0  # how long a tracker may take to send the rest
 _POLL_S = 0.05
 _CAUSE_S = 3.0  # how long a rank that only lost touch with another waits to be explained by the other's end
 _AGREED_S = CLOSE_S + 15.0  # how long an end that all ranks agreed on may take: rank 0 finishes its trackers
-_LOCK_S = 10.0  # how long the processes of a run that was just killed may need to go
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Workers:
         for local_rank in range(self._num):
             rank, out = self._node * self._num + local_rank, None
             if rank:
-                out = open(self.run_folder / "logs" / f"rank-{rank}.log", "ab")  # noqa: SIM115 - open as long as it runs
+                out = open(RunFolder(self.run_folder).log(rank), "ab")  # noqa: SIM115 - open as long as it runs
                 self._logs.append(out)
             self._processes.append(
                 subprocess.Popen(
@@ -91,7 +90,7 @@ class Workers:
         for rank, process in enumerate(self._processes, start=self._node * self._num):
             code = process.poll()
             if code is not None:
-                found.append(Ended(rank, process.pid, code, failure_of(where_folder(self.run_folder), rank)))
+                found.append(Ended(rank, process.pid, code, failure_of(RunFolder(self.run_folder).heartbeats, rank)))
         return found
 
     def wait(self) -> list[Ended]:
@@ -157,7 +156,7 @@ def launch(arguments: list[str], num_processes: int, run_folder: Path, node: tup
     if node[0] == 0:
         try:
             refuse_if_trained(run_folder)
-            forget_failures(where_folder(run_folder))
+            forget_failures(RunFolder(run_folder).heartbeats)
         except InputError:
             if node[1] == 1:
                 raise  # the other nodes would wait for this one: all hear it from rank 0 when they have met
@@ -211,8 +210,9 @@ def is_cause(end: Ended) -> bool:
 def prepare_run_folder(run_folder: Path) -> None:
     """The run's folder with its logs, which can be written. Raises InputError."""
     try:
-        (run_folder / "logs").mkdir(parents=True, exist_ok=True)
-        probe = run_folder / "logs" / f".probe-{os.getpid()}"
+        logs = RunFolder(run_folder).logs
+        logs.mkdir(parents=True, exist_ok=True)
+        probe = logs / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -221,13 +221,7 @@ def prepare_run_folder(run_folder: Path) -> None:
 
 
 def refuse_if_trained(run_folder: Path) -> None:
-    """Look whether a process trains in this folder now, by the lock that its rank 0 holds (`checkpoint.lock_run`).
-
-    Raises:
-        InputError: one does.
-    """
-    try:
-        with open_lock(run_folder) as file:
-            take_lock(file, run_folder, _LOCK_S)  # and given back: rank 0 takes it
-    except OSError:  # a file system without locks, a file of another user: rank 0 says it
-        return
+    """Raises InputError when a process trains in this folder now, by the lock that its rank 0 holds."""
+    with contextlib.suppress(OSError):  # a file of another user: rank 0 reports it
+        lock_run(run_folder)
+        unlock_run(run_folder)  # rank 0 takes it

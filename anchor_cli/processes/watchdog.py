@@ -30,10 +30,6 @@ def hang_timeout_s() -> float:
     return float(os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_S)
 
 
-def where_folder(run_folder: Path) -> Path:
-    return run_folder / "logs" / "where"
-
-
 class Watchdog:
     """`phase(name, step)` is a heartbeat. Where ranks are is kept in `{folder}/rank-N.json` for everyone to read."""
 

@@ -17,7 +17,7 @@ from typing import Any
 from anchor_cli.base import metric_names as names
 from anchor_cli.base.checkpoints import TRAINING_STATE, newest_checkpoint
 from anchor_cli.base.errors import InputError
-from anchor_cli.base.runs import read_json_lines
+from anchor_cli.base.runs import RunFolder, read_json_lines
 
 NDCG = "ndcg@10"
 MRR = "mrr@10"
@@ -156,7 +156,8 @@ def read_run(path: str | Path) -> RunRecord:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder", "give a folder that has metrics.jsonl in it")
-    metrics = folder / "metrics.jsonl"
+    files = RunFolder(folder)
+    metrics = files.metrics
     if not metrics.is_file():
         raise InputError(f"{metrics}: not found", "a run folder is {output_dir}/{experiment_id} of an anchor train")
     raw = _json_lines(metrics)
@@ -164,14 +165,14 @@ def read_run(path: str | Path) -> RunRecord:
         if not isinstance(line.get(names.STEP), int):
             raise InputError(f'{metrics}:{number}: no integer "step"', "was this file written by anchor train?")
     lines = effective_lines(raw)
-    spec = _json_file(folder / "spec.json")
+    spec = _json_file(files.spec)
     run = RunRecord(
         path=folder,
         name=str(spec.get("experiment_id") or folder.resolve().name),
         lines=lines,
-        events=_events(folder / "events.jsonl"),
+        events=_events(files.events),
         spec=spec,
-        environment=_json_file(folder / "environment.json"),
+        environment=_json_file(files.environment),
         data=_data_report(folder, spec),
         superseded=len(raw) - len(lines),
     )

@@ -7,11 +7,9 @@ from pathlib import Path
 
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.files import write_text_atomic
-from anchor_cli.base.runs import remembered_runs
+from anchor_cli.base.runs import RunFolder, remembered_runs
 from anchor_cli.report.page import page
 from anchor_cli.report.read import read_runs
-
-FILE_NAME = "report.html"
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -34,10 +32,10 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     records = read_runs(runs)
     if out is None:
         several = len(records) > 1
-        out = places[0].parent / f"report-{len(records)}-runs.html" if several else places[0] / FILE_NAME
+        out = places[0].parent / f"report-{len(records)}-runs.html" if several else RunFolder(places[0]).report
     target = Path(out)
     if target.is_dir():
-        target = target / FILE_NAME
+        target = RunFolder(target).report
     write_text_atomic(target, page(records))
     return target
 

@@ -129,17 +129,17 @@ class Training:
 
     def step(self, step: int, batches: Iterator[StepBatches]) -> tuple[StepResult | None, StepBatches]:
         """One optimizer update over the step's rows; a step that was skipped on request changes nothing."""
-        run, spec = self.run, self.run.spec
-        ready = next(batches)
+        run, ready = self.run, next(batches)
         if step in run.skipped_steps:
             say(f"step {step}: skipped as asked") if self.is_first else None
             return None, ready
+        d2q_scale, q2d_scale = run.target_scales(ready)
         try:
             result = train_step(
                 run.engine,
                 (batch.to(run.ranks.device) for batch in ready.micro_batches),
-                d2q_scale=spec.d2q_weight / max(1, ready.query_targets),
-                q2d_scale=spec.q2d_weight / max(1, ready.document_targets),
+                d2q_scale=d2q_scale,
+                q2d_scale=q2d_scale,
                 learning_rate=run.learning_rate(step),
             )
         except NonFiniteGradient as error:

@@ -14,18 +14,16 @@ from urllib.parse import urlsplit
 
 from anchor_cli.base import metric_names as names
 from anchor_cli.base.console import say, warn
+from anchor_cli.base.runs import RunFolder
 from anchor_cli.processes.launch import CLOSE_S
 from anchor_cli.spec.spec import RunSpec
-
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
 
 
 class MetricsLog:
     """Rank 0's log. A resumed run cuts the file back to where its checkpoint was: no line twice, none missing."""
 
     def __init__(self, folder: Path, keep_bytes: int) -> None:
-        self.path = folder / METRICS
+        self.path = RunFolder(folder).metrics
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < keep_bytes:
             warn(f"{self.path}: {keep_bytes - size:,} bytes of earlier steps are gone; going on without them")
@@ -33,7 +31,7 @@ class MetricsLog:
             file.truncate(min(size, keep_bytes))
             os.fsync(file.fileno())
         self._file = Appender(self.path)
-        self._events = Appender(folder / EVENTS)
+        self._events = Appender(RunFolder(folder).events)
         self._trackers: list[Any] = []
 
     def flushed_bytes(self) -> int:
@@ -208,5 +206,7 @@ def start_trackers(spec: RunSpec, folder: Path, wandb_run_id: str | None, first_
             else:
                 trackers.append(TensorboardTracker(folder, first_step))
         except Exception as error:
-            warn(f"{name} could not start ({type(error).__name__}: {error}); metrics are in {folder / METRICS}")
+            warn(
+                f"{name} could not start ({type(error).__name__}: {error}); metrics are in {RunFolder(folder).metrics}"
+            )
     return trackers

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from anchor_cli.base.checkpoints import OPTIMIZER_BYTES
 from anchor_cli.base.errors import InputError
 
 SHARD_BYTES = 2 * 2**30  # of fp32 state (12 bytes a weight)
@@ -29,7 +30,7 @@ def shards(names_and_sizes: list[tuple[str, int]]) -> list[list[str]]:
     out: list[list[str]] = [[]]
     filled = 0
     for name, numel in names_and_sizes:
-        size = 12 * numel
+        size = OPTIMIZER_BYTES * numel
         if out[-1] and filled + size > SHARD_BYTES:
             out.append([])
             filled = 0

@@ -29,7 +29,7 @@ from anchor_cli.spec.deepspeed import load_ds_config
 from anchor_cli.spec.load import load_spec
 from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train.deepspeed import start_processes, train_step
-from anchor_cli.train.run import DS_CONFIG, Run, Settled, build_run
+from anchor_cli.train.run import Run, Settled, build_run
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def replay(run_folder: Path, step: int) -> Replay:
     with progress(f"steps {first} to {step} again", step - first, "steps") as done:
         for ready in run.feed.steps(first, step):
             if ready.step not in run.skipped_steps:
-                d2q_scale, q2d_scale = scales(run, ready.query_targets, ready.document_targets)
+                d2q_scale, q2d_scale = run.target_scales(ready)
                 train_step(
                     run.engine,
                     (batch.to(ranks.device) for batch in ready.micro_batches),
@@ -114,7 +114,7 @@ def replay(run_folder: Path, step: int) -> Replay:
 def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
     """The spec with the run's own DeepSpeed config; for ZeRO-3 with ZeRO-2's, which has every parameter whole in this
     one process and gives the same numbers."""
-    written = (run_folder / DS_CONFIG).absolute()
+    written = RunFolder(run_folder).ds_config.absolute()
     name = str(written) if written.is_file() else spec.deepspeed  # runs of older versions have the name only
     if (load_ds_config(name, run_folder).get("zero_optimization") or {}).get("stage") == 3:
         name = "zero2_bf16" if spec.precision == "bfloat16" else "zero2_fp32"
@@ -151,15 +151,10 @@ def as_cut(run: Run, step: int) -> StepRows:
     return plan.step(step)
 
 
-def scales(run: Run, query_targets: int, document_targets: int) -> tuple[float, float]:
-    """Weight of one D2Q and one Q2D target in the step's loss."""
-    return run.spec.d2q_weight / max(1, query_targets), run.spec.q2d_weight / max(1, document_targets)
-
-
 def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
     """Every micro-batch of a step alone; the rows of those that are not finite."""
     ready = run.feed.step(step.step)
-    weights = scales(run, ready.query_targets, ready.document_targets)
+    weights = run.target_scales(ready)
     found = []
     for rank, micro_batches in enumerate(step.micro_batches):
         for index, rows in enumerate(micro_batches):

@@ -17,12 +17,13 @@ from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import AnchorError, InputError, RunError
 from anchor_cli.base.files import write_json
+from anchor_cli.base.runs import lock_run
 from anchor_cli.data.batches import BatchPlan, make_plan
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for, open_data, prepared_data, require_contract_of
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import apply_liger, compile_layers, liger_fits, load_backbone
-from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.model.reconstruction import ReconstructionModel, target_scales
 from anchor_cli.plan.budget import Budget, choose_budget, state_options
 from anchor_cli.plan.inputs import shape_of
 from anchor_cli.processes.ranks import Ranks
@@ -32,13 +33,10 @@ from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train import saving as ckpt
 from anchor_cli.train.deepspeed import build_engine, train_step
-from anchor_cli.train.feed import Feed
+from anchor_cli.train.feed import Feed, StepBatches
 from anchor_cli.train.metrics_log import MetricsLog
 from anchor_cli.train.optimizer_state import load_optimizer_state, save_optimizer_state
 from anchor_cli.train.start import resume_point
-
-DS_CONFIG = "ds_config.json"
-"""The run's DeepSpeed config as it was written, beside its spec.json: `anchor replay` finds it there."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,11 @@ class Run:
             elif self.ranks.rank == 0:
                 warn(f"--skip-step {step}: nothing to skip, the run continues at step {self.settled.first_step}")
 
+    def target_scales(self, step: StepBatches) -> tuple[float, float]:
+        """Weight of one D2Q and one Q2D target in the step's loss."""
+        spec = self.spec
+        return target_scales(spec.d2q_weight, spec.q2d_weight, step.query_targets, step.document_targets)
+
     def learning_rate(self, step: int) -> float:
         spec = self.spec
         warmup = schedule.warmup_steps_of(self.total_steps, spec.warmup_steps, spec.warmup_ratio)
@@ -132,7 +135,7 @@ def settle(spec: RunSpec, ranks: Ranks, watchdog: Watchdog) -> Settled:
 def _settle_first(spec: RunSpec) -> dict[str, Any]:
     """Rank 0's part of `settle`, as JSON can say it."""
     try:
-        ckpt.lock_run(spec.run_folder)
+        lock_run(spec.run_folder)
         contract = contract_for(spec)
         data = prepared_data(spec, contract)
         pairs = open_data(data, contract)

@@ -9,19 +9,22 @@ All formats are JSON and safetensors: nothing is ever unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from anchor_cli.base.checkpoints import MANIFEST, best_checkpoint, list_checkpoints, verify_checkpoint
+from anchor_cli.base.checkpoints import (
+    MANIFEST,
+    best_checkpoint,
+    checkpoint_bytes,
+    list_checkpoints,
+    verify_checkpoint,
+)
 from anchor_cli.base.contract import TextContract, write_contract, write_llm2vec_config
 from anchor_cli.base.files import free_bytes, fsync_folder, fsync_tree, in_units, sha256_file, write_json
-from anchor_cli.base.runs import open_lock, take_lock
 from anchor_cli.data.text import tokenizer_folder
 
 _TOKENIZER_FILES = (
@@ -158,7 +161,7 @@ def needed_bytes(num_parameters: int, bytes_per_weight: int, source: str) -> int
     """Bytes of one checkpoint: model weights, fp32 weights and two moments, the tokenizer's files, 256 KB of JSON."""
     found = [_tokenizer_file(source, name) for name in _TOKENIZER_FILES]
     tokenizer = sum(path.stat().st_size for path in found if path is not None)
-    return num_parameters * (bytes_per_weight + 12) + tokenizer + 2**18
+    return checkpoint_bytes(num_parameters, bytes_per_weight, tokenizer + 2**18)
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
@@ -166,26 +169,3 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = free_bytes(folder)
     if free < num_bytes:
         raise OSError(f"{in_units(num_bytes)} needed, {in_units(free)} free on the disk of {folder}")
-
-
-_locks: dict[Path, IO[str]] = {}
-
-
-def lock_run(run_folder: Path, patience_s: float = 10.0) -> None:
-    """Make this process the only one that trains in `run_folder`, until it ends (however it ends: the kernel's lock).
-
-    `patience_s`: the processes of a run that was just killed may need a moment to go.
-
-    Raises:
-        InputError: another process holds the run.
-    """
-    path = run_folder.absolute()
-    if path in _locks:
-        return
-    file = open_lock(path)
-    with contextlib.suppress(OSError):  # a file system without locks
-        take_lock(file, run_folder, patience_s)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    _locks[path] = file

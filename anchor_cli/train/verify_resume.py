@@ -22,7 +22,7 @@ from safetensors import safe_open
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.metric_names import STEP, TRAIN_KEYS
-from anchor_cli.base.runs import read_json_lines
+from anchor_cli.base.runs import RunFolder, read_json_lines
 from anchor_cli.data.training_set import contract_for, prepared_data
 from anchor_cli.spec.spec import RunSpec
 
@@ -116,7 +116,7 @@ def verify_resume(
 
     try:
         train("uninterrupted", 2 * num_steps)
-        if not (folder / "uninterrupted" / f"checkpoint-{2 * num_steps}").is_dir():
+        if not RunFolder(folder / "uninterrupted").checkpoint(2 * num_steps).is_dir():
             message = f"{spec_path}: the run has fewer than {2 * num_steps} steps"
             raise InputError(message, hint="give a smaller --steps")
         train("resumed", num_steps)
@@ -134,7 +134,7 @@ def verify_resume(
 def difference(one: Path, other: Path, last_step: int) -> Difference:
     """Compare the logs of two runs and their checkpoints of `last_step`."""
     ours, theirs = (
-        [line for line in read_json_lines(run / "metrics.jsonl") if TRAIN_KEYS[0] in line] for run in (one, other)
+        [line for line in read_json_lines(RunFolder(run).metrics) if TRAIN_KEYS[0] in line] for run in (one, other)
     )
     if [line[STEP] for line in ours] != list(range(1, last_step + 1)) or len(ours) != len(theirs):
         raise RunError(f"{other}: metrics.jsonl has {len(theirs)} training lines, {one} has {len(ours)}")
@@ -147,7 +147,9 @@ def difference(one: Path, other: Path, last_step: int) -> Difference:
                 different += 1
                 first_step = first_step if first_step is not None else a[STEP]
                 largest = max(largest, abs(a[key] - b[key]) / max(abs(a[key]), 1e-30))
-    tensors, unequal, weight = compare_tensors(one / f"checkpoint-{last_step}", other / f"checkpoint-{last_step}")
+    tensors, unequal, weight = compare_tensors(
+        RunFolder(one).checkpoint(last_step), RunFolder(other).checkpoint(last_step)
+    )
     return Difference(compared, different, largest, first_step, tensors, unequal, weight)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped, first_line
 from anchor_cli.base.files import write_json
 from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
+from anchor_cli.base.runs import RunFolder, lock_run, remember_run
 from anchor_cli.processes.launch import LAUNCHED, prepare_run_folder
 from anchor_cli.processes.logs import rank_log
 from anchor_cli.processes.ranks import environment_ranks
@@ -25,7 +26,6 @@ from anchor_cli.processes.watchdog import (
     forget_failures,
     lost_peer,
     note_failure,
-    where_folder,
     where_ranks_are,
 )
 from anchor_cli.spec.hub_names import needs_hub
@@ -56,7 +56,7 @@ def work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...] = (), flag:
     prepare_run_folder(spec.run_folder)
     if rank == 0 and not launcher:
         make_way(spec.run_folder, alone=world_size == 1)
-    with quiet_if_said(spec, rank), rank_log(spec.run_folder / "logs", rank, redirected=bool(launcher)):
+    with quiet_if_said(spec, rank), rank_log(RunFolder(spec.run_folder).logs, rank, redirected=bool(launcher)):
         _work(spec, spec_path, skip_steps, flag, rank)
     flag.uninstall()
 
@@ -68,8 +68,6 @@ def make_way(run_folder: Path, *, alone: bool) -> None:
         InputError: the run is being trained already, and nobody else waits to hear it; several ranks hear it together,
             from `run.settle`.
     """
-    from anchor_cli.train.saving import lock_run
-
     try:
         lock_run(run_folder)
     except InputError:
@@ -78,7 +76,7 @@ def make_way(run_folder: Path, *, alone: bool) -> None:
         return
     except OSError:  # `settle` says it in words
         return
-    forget_failures(where_folder(run_folder))
+    forget_failures(RunFolder(run_folder).heartbeats)
 
 
 def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag, rank: int) -> None:
@@ -91,7 +89,7 @@ def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: Sto
     from anchor_cli.train.deepspeed import leave_processes, start_processes
     from anchor_cli.train.run import open_run
 
-    watchdog = Watchdog(where_folder(spec.run_folder), rank)
+    watchdog = Watchdog(RunFolder(spec.run_folder).heartbeats, rank)
     watchdog.start()
     with told_apart(spec, rank, watchdog):
         ranks = start_processes(2 * watchdog.timeout_s)
@@ -117,7 +115,7 @@ def quiet_if_said(spec: RunSpec, rank: int) -> Iterator[None]:
         if rank == 0 or LAUNCHED in os.environ:
             raise
         time.sleep(_RANK_0_SPEAKS_S)
-        first = failure_of(where_folder(spec.run_folder), 0)
+        first = failure_of(RunFolder(spec.run_folder).heartbeats, 0)
         said = isinstance(error, Stopped | LostPeer) or (first is not None and first.message == error.message)
         if said:
             raise SystemExit(error.exit_code) from None
@@ -146,7 +144,7 @@ def enough_memory(rank: int, when: str, hint: str) -> Iterator[None]:
 @contextmanager
 def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
     """Leaves word for the launcher of what failed here, and whether it failed here or only followed from elsewhere."""
-    folder = where_folder(spec.run_folder)
+    folder = RunFolder(spec.run_folder).heartbeats
     try:
         yield
     except Stopped:
@@ -176,12 +174,10 @@ def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
 
 def remember(spec: RunSpec, folder: Path, ds_config: dict[str, Any], kernel: str, liger: bool) -> None:
     """spec.json, ds_config.json and environment.json of the run, and the run itself for `anchor eval checkpoint-N`."""
-    from anchor_cli.base.runs import RunFolder, remember_run
     from anchor_cli.train.environment import environment
-    from anchor_cli.train.run import DS_CONFIG
 
     files = RunFolder(folder)
     write_json(files.spec, spec.model_dump())
-    write_json(folder / DS_CONFIG, ds_config)
+    write_json(files.ds_config, ds_config)
     write_json(files.environment, environment() | {"attention_kernel": kernel, "liger": liger})
     remember_run(folder)
