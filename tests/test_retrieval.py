@@ -13,11 +13,11 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.evaluate.metrics import (
     SENTENCE_TRANSFORMERS,
     TREC_EVAL,
+    Rules,
     bootstrap,
     counts,
     parse_metric,
     query_metrics,
-    ranked_first,
     rules_of,
 )
 
@@ -27,6 +27,12 @@ IDS = [f"d{number}" for number in range(14)] + ["문서", "Ω", "z" * 3]  # code
 SCORES = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.75])  # few, so that ties are the rule
 RUNS = st.dictionaries(st.sampled_from(IDS), SCORES, max_size=len(IDS))
 JUDGED_IDS = st.sampled_from([*IDS, "missing-1", "missing-2"])
+
+
+def ranked_first(scores: dict[str, float], rules: Rules) -> list[str]:
+    """Document ids, best score first, ties by id: the order of `search`, for scores that are already there."""
+    by_id = sorted(scores, reverse=not rules.ties_ascending)
+    return sorted(by_id, key=lambda document: -scores[document])  # sorted is stable: ties stay in id order
 
 
 def ours(runs: dict, qrels: dict, rules) -> dict[str, dict[str, float]]:

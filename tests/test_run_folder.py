@@ -45,7 +45,7 @@ def test_the_best_checkpoint_is_the_one_that_is_still_there(home: Path, tmp_path
     lines = [json.dumps({"step": step, "eval/avg/ndcg@10": score}) for step, score in scores.items()]
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 40, "eval/avg/nd']))  # cut by a crash
     assert checkpoints.best_checkpoint(run) == run / "checkpoint-20"  # 5 has been deleted
-    assert checkpoints.default_checkpoint() == run / "checkpoint-20"
+    assert checkpoints.default_checkpoint("exporting") == run / "checkpoint-20"
 
 
 def test_a_name_is_looked_for_in_the_last_run_first(home: Path, tmp_path: Path) -> None:

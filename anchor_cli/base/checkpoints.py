@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.files import sha256_file
 from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10, STEP
 from anchor_cli.base.runs import RunFolder, last_run, read_json_lines, remembered_runs
 
-_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-
-
+MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state.json"
 OPTIMIZER_BYTES = 12
 """Of one weight in a checkpoint's optimizer state: the fp32 weight and two fp32 moments."""
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoint_step(path: str | Path) -> int | None:
@@ -46,37 +46,45 @@ def is_ours(folder: str | Path) -> bool:
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Checkpoints of a run, oldest step first. A folder has its name only once it is whole."""
-    found = [path for path in Path(run).glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: checkpoint_step(path) or 0)
-
-
-def best_checkpoint(run: str | Path) -> Path | None:
-    """The checkpoint whose step has the highest `eval/avg/ndcg@10` in `metrics.jsonl`; None when none was evaluated."""
-    scores: dict[int, float] = {}
-    for line in read_json_lines(RunFolder(Path(run)).metrics):
-        if isinstance(line.get(EVAL_AVG_NDCG_10), int | float):
-            scores[line[STEP]] = line[EVAL_AVG_NDCG_10]
-    scored = [path for path in list_checkpoints(run) if checkpoint_step(path) in scores]
-    return max(scored, key=lambda path: scores[checkpoint_step(path) or 0], default=None)
+    folders = [path for path in Path(run).glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
+    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:
     """The checkpoint of the highest step; None when there is none."""
-    found = list_checkpoints(run)
-    return found[-1] if found else None
+    return next(reversed(list_checkpoints(run)), None)
 
 
-def default_checkpoint() -> Path:
-    """The best, else the newest, checkpoint of the last run.
+def scores_of(run: str | Path, metric: str = EVAL_AVG_NDCG_10) -> dict[int, float]:
+    """A metric by step, from `metrics.jsonl`; a step evaluated twice has its last score."""
+    lines = read_json_lines(RunFolder(Path(run)).metrics)
+    return {line[STEP]: line[metric] for line in lines if isinstance(line.get(metric), int | float)}
+
+
+def best_checkpoint(run: str | Path) -> Path | None:
+    """The checkpoint whose step has the highest `eval/avg/ndcg@10`; None when none was evaluated."""
+    scores = scores_of(run)
+    evaluated = [path for path in list_checkpoints(run) if checkpoint_step(path) in scores]
+    return max(evaluated, key=lambda path: scores[checkpoint_step(path) or 0], default=None)
+
+
+def default_checkpoint(doing: str) -> Path:
+    """The checkpoint that a command takes without a name: the best of the last run, else its newest. Says which.
+
+    `doing`: what the caller does with it, such as `exporting`.
 
     Raises:
         InputError: there is no run, or it has no checkpoint.
     """
     run = last_run()
-    found = best_checkpoint(run) or newest_checkpoint(run)
-    if found is None:
-        raise InputError(f"{run}: the last run has no checkpoint yet", "name a checkpoint folder")
-    return found
+    best, newest = best_checkpoint(run), newest_checkpoint(run)
+    if newest is None:
+        raise InputError(f"{run}: the last run has no checkpoint yet", "name a checkpoint or a model folder")
+    if best is None:
+        say(f"{doing} {newest}: the newest of the last run, none of which was evaluated")
+        return newest
+    say(f"{doing} {best}: the best of the last run by {EVAL_AVG_NDCG_10}")
+    return best
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
@@ -93,35 +101,29 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     if path.exists():
         raise InputError(f"{path}: is a file, expected a model folder")
     runs = remembered_runs()
-    if runs and not path.is_absolute() and (runs[0] / path).is_dir():
-        return runs[0] / path
     folders = list(dict.fromkeys(run.parent for run in runs))
-    found = [] if path.is_absolute() else _below(folders, path)
-    if len(found) > 1:
-        listed = ", ".join(str(place) for place in found)
-        raise InputError(f"{name_or_path}: several runs have one: {listed}", "name one of them by its path")
-    if not found:
+    if path.is_absolute():
         raise _not_found(str(name_or_path), runs, folders)
-    return found[0]
-
-
-def _below(folders: list[Path], name: Path) -> list[Path]:
-    places = [place for folder in folders for place in (folder / name, *sorted(folder.glob(f"*/{name}")))]
-    return [place for place in dict.fromkeys(places) if place.is_dir()]
+    if runs and (runs[0] / path).is_dir():
+        return runs[0] / path
+    candidates = [place for folder in folders for place in (folder / path, *sorted(folder.glob(f"*/{path}")))]
+    places = [place for place in dict.fromkeys(candidates) if place.is_dir()]
+    if len(places) > 1:
+        listed = ", ".join(map(str, places))
+        raise InputError(f"{name_or_path}: several runs have one: {listed}", "name one of them by its path")
+    if not places:
+        raise _not_found(str(name_or_path), runs, folders)
+    return places[0]
 
 
 def _not_found(name: str, runs: list[Path], folders: list[Path]) -> InputError:
     if not runs:
         return InputError(f"{name}: no such folder, and no run is remembered", "name a folder by its path")
     names = [path.name for path in list_checkpoints(runs[0])]
-    near = nearest(name, names)
-    looked = f"{name}: no such folder, nor a checkpoint of that name below {', '.join(map(str, folders))}"
-    if near:
-        return InputError(looked, f"did you mean {near}? the last run has {', '.join(names)}")
-    return InputError(looked, f"the last run, {runs[0]}, has {', '.join(names) or 'no checkpoint yet'}")
-
-
-MANIFEST = "manifest.json"
+    message = f"{name}: no such folder, nor a checkpoint of that name below {', '.join(map(str, folders))}"
+    if near := nearest(name, names):
+        return InputError(message, f"did you mean {near}? the last run has {', '.join(names)}")
+    return InputError(message, f"the last run, {runs[0]}, has {', '.join(names) or 'no checkpoint yet'}")
 
 
 def verify_checkpoint(folder: Path, *, hashes: bool = True) -> list[str]:
@@ -133,8 +135,8 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the GIL; the disk is the limit
-        found = pool.map(lambda item: _problem(folder / item[0], item[1], hashes), manifest.items())
-        return [problem for problem in found if problem]
+        problems = pool.map(lambda item: _problem(folder / item[0], item[1], hashes), manifest.items())
+        return [problem for problem in problems if problem]
 
 
 def _problem(path: Path, known: dict[str, Any], hashes: bool) -> str | None:

@@ -11,7 +11,7 @@ import typer
 
 from anchor_cli.base.console import print_json, say
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.options import AsJson
+from anchor_cli.commands.options import DEFAULT_CHECKPOINT, AsJson
 
 
 def eval(  # noqa: A001 - the command's name
@@ -19,7 +19,7 @@ def eval(  # noqa: A001 - the command's name
         list[str] | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Paths, names such as checkpoint-2000, or Hub ids; by default the newest of the last run.",
+            help=f"Paths, names such as checkpoint-2000, or Hub ids. [default: {DEFAULT_CHECKPOINT}]",
         ),
     ] = None,
     data: Annotated[
@@ -51,7 +51,6 @@ def eval(  # noqa: A001 - the command's name
     """Measure retrieval: nDCG@10 and MRR@10 on NanoBEIR (Korean and English) or any BEIR folder."""
     if baseline not in (None, "bm25"):
         raise InputError(f"--baseline {baseline}: expected bm25")
-    from anchor_cli.evaluate.compare import details as details_of
     from anchor_cli.evaluate.compare import document, show
     from anchor_cli.evaluate.files import worst_lines, worst_queries, write_files
     from anchor_cli.evaluate.models import evaluate_models, resolve_models
@@ -59,19 +58,17 @@ def eval(  # noqa: A001 - the command's name
     metrics = metric or ["ndcg@10", "mrr@10"]
     models = resolve_models(checkpoints or [], default=baseline is None)
     with redirect_stdout(sys.stderr):  # libraries print when they load a model; stdout is for the result
-        outcome = evaluate_models(
+        results = evaluate_models(
             models, data, metrics=metrics, baseline=baseline is not None, batch_tokens=batch_tokens, device=device
         )
-    documents = [document(model, metrics) for model in outcome]
-    if details:
-        documents = [each | details_of(model, outcome[0], metrics) for each, model in zip(documents, outcome)]
-    show(outcome, metrics, on_stderr=as_json)
-    for each, model in zip(documents, outcome if queries else []):
+    documents = [document(model, metrics, results[0] if details else None) for model in results]
+    show(results, metrics, on_stderr=as_json)
+    for each, model in zip(documents, results if queries else []):
         worst = worst_queries(model, queries, metrics[0])
         each["worst_queries"] = worst
         for line in ["", f"worst queries of {model.model}", *worst_lines(worst, metrics[0])]:
             print(line, file=sys.stderr if as_json else sys.stdout)
     if out is not None:
-        say(f"{len(write_files(out, outcome, metrics))} files written to {out}")
+        say(f"{len(write_files(out, results, metrics))} files written to {out}")
     if as_json:
         print_json(documents[0] if len(documents) == 1 else documents)

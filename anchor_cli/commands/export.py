@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from anchor_cli.base.console import print_json, say
-from anchor_cli.commands.options import AsJson
+from anchor_cli.commands.options import DEFAULT_CHECKPOINT, AsJson
 
 
 def export(
@@ -16,7 +16,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Path, or a name such as checkpoint-2000. [default: the best, else the newest, of the last run]",
+            help=f"Path, or a name such as checkpoint-2000. [default: {DEFAULT_CHECKPOINT}]",
         ),
     ] = None,
     stage2: Annotated[
@@ -38,14 +38,14 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write one folder that transformers, sentence-transformers, LLM2Vec and Stage II training load right."""
-    from anchor_cli.export.export import choose_checkpoint
+    from anchor_cli.base.checkpoints import default_checkpoint, find_checkpoint
     from anchor_cli.export.export import export as write_export
     from anchor_cli.export.push import check_push, push
 
     if push_to_hub is not None:
         check_push(push_to_hub)
     done = write_export(
-        choose_checkpoint(checkpoint),
+        default_checkpoint("exporting") if checkpoint is None else find_checkpoint(checkpoint),
         out=out,
         dtype=dtype,
         max_shard_size=max_shard_size,

@@ -14,4 +14,6 @@ Overrides = Annotated[
 Processes = Annotated[
     int | None, typer.Option("--nproc-per-node", min=1, help="Processes here. [default: all GPUs, or 1 on a CPU]")
 ]
+DEFAULT_CHECKPOINT = "the best of the last run by eval/avg/ndcg@10, else its newest"
+"""Of every command that takes one checkpoint; `base.checkpoints.default_checkpoint` is the rule."""
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

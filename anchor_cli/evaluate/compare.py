@@ -13,7 +13,6 @@ from anchor_cli.evaluate.evaluate import BenchmarkResult, summary
 from anchor_cli.evaluate.metrics import Interval, bootstrap
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -49,27 +48,30 @@ class ModelResult:
         return bootstrap([ours.per_query[metric] - theirs.per_query[metric] for ours, theirs in pairs])
 
 
-def document(model: ModelResult, metrics: Sequence[str]) -> dict[str, Any]:
-    """`{"model": …, "results": {"ko/NanoNQ": {"ndcg@10": …}}, "avg": {…}}` (design §4)."""
-    outcome = summary(model.results)
-    results = {name: {metric: row[metric] for metric in metrics} for name, row in outcome["results"].items()}
-    return {"model": model.model, "results": results, "avg": {metric: outcome["avg"][metric] for metric in metrics}}
+def document(model: ModelResult, metrics: Sequence[str], details_against: ModelResult | None = None) -> dict[str, Any]:
+    """`{"model": …, "results": {"ko/NanoNQ": {"ndcg@10": …}}, "avg": {…}}`.
 
-
-def details(model: ModelResult, first: ModelResult, metrics: Sequence[str]) -> dict[str, Any]:
-    """What `--details` adds to `document`: numbers of queries, intervals, embedding health."""
-    outcome = summary(model.results)
-    health = {name: {key: row[key] for key in HEALTH_KEYS if key in row} for name, row in outcome["results"].items()}
-    more: dict[str, Any] = {
-        "num_queries": {result.benchmark.name: len(result.query_ids) for result in model.results},
-        "num_documents": {result.benchmark.name: len(result.benchmark.corpus) for result in model.results},
-        "interval_95": {metric: model.uncertainty(metric)[1:] for metric in metrics},
+    With `details_against` also numbers of queries, intervals, embedding health, and differences to that model.
+    """
+    everything = summary(model.results)
+    rows = everything["results"]
+    plain: dict[str, Any] = {
+        "model": model.model,
+        "results": {name: {metric: row[metric] for metric in metrics} for name, row in rows.items()},
+        "avg": {metric: everything["avg"][metric] for metric in metrics},
     }
+    if details_against is None:
+        return plain
+    plain["num_queries"] = {result.benchmark.name: len(result.query_ids) for result in model.results}
+    plain["num_documents"] = {result.benchmark.name: len(result.benchmark.corpus) for result in model.results}
+    plain["interval_95"] = {metric: model.uncertainty(metric)[1:] for metric in metrics}
+    health = {name: {key: row[key] for key in HEALTH_KEYS if key in row} for name, row in rows.items()}
     if any(health.values()):
-        more["health"] = health
-    if model is not first:
-        more["difference_to_first"] = {metric: model.difference(first, metric)._asdict() for metric in metrics}
-    return more
+        plain["health"] = health
+    if model is not details_against:
+        differences = {metric: model.difference(details_against, metric)._asdict() for metric in metrics}
+        plain["difference_to_first"] = differences
+    return plain
 
 
 def labels(names: Sequence[str]) -> list[str]:
@@ -84,38 +86,30 @@ def labels(names: Sequence[str]) -> list[str]:
 
 def show(models: Sequence[ModelResult], metrics: Sequence[str], *, on_stderr: bool) -> None:
     """The result for a person: one table for one model, one table a metric for several, and embedding health."""
-    out = _console(on_stderr)
+    from rich.console import Console
+
+    # in a file or a pipe no column is cut
+    width = None if sys.stdout.isatty() else 200
+    plain = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
+    out = console() if on_stderr else plain
     if len(models) == 1:
         out.print(_single_table(models[0], metrics))
     else:
         for metric in metrics:
             out.print(_comparison_table(models, metric))
-    health = _health_table(models)
-    if health is not None:
+    if (health := _health_table(models)).row_count:
         out.print(health)
-    out.print(_reading_help(models))
-    for line in collapsed(models):
-        warn(line)
-
-
-def _console(on_stderr: bool) -> Console:
-    if on_stderr:
-        return console()
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 200  # in a file or a pipe no column is cut
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
-
-
-def _reading_help(models: Sequence[ModelResult]) -> str:
-    queries = [len(result.query_ids) for result in models[0].results]
+    num_queries = sum(len(result.query_ids) for result in models[0].results)
     noise = "A score from 50 queries is uncertain by about ±0.05 or more."
     if len(models) == 1:
-        return f"{sum(queries):,} queries; ± 95 %: bootstrap over queries. {noise}"
-    return (
-        f"{sum(queries):,} queries. Differences are to the first model, paired by query; 95 %: bootstrap within each "
-        f"benchmark.\nAn interval that holds 0 shows no difference. {noise}"
-    )
+        out.print(f"{num_queries:,} queries; ± 95 %: bootstrap over queries. {noise}")
+    else:
+        out.print(
+            f"{num_queries:,} queries. Differences are to the first model, paired by query; 95 %: bootstrap within "
+            f"each benchmark.\nAn interval that holds 0 shows no difference. {noise}"
+        )
+    for line in collapsed(models):
+        warn(line)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -149,12 +143,12 @@ def _half(interval: Interval) -> float:
 def _comparison_table(models: Sequence[ModelResult], metric: str) -> Table:
     """A row a benchmark, the best in bold; below, the difference to the first model with its interval."""
     table = _table(metric, "benchmark", "queries", *labels([model.model for model in models]))
+    queries = [len(result.query_ids) for result in models[0].results]
     for index, result in enumerate(models[0].results):
         values = [model.results[index].means()[metric] for model in models]
-        table.add_row(result.benchmark.name, f"{len(result.query_ids):,}", *_best_in_bold(values))
+        table.add_row(result.benchmark.name, f"{queries[index]:,}", *_best_in_bold(values))
     table.add_section()
-    queries = sum(len(result.query_ids) for result in models[0].results)
-    table.add_row("avg", f"{queries:,}", *_best_in_bold([model.mean(metric) for model in models]))
+    table.add_row("avg", f"{sum(queries):,}", *_best_in_bold([model.mean(metric) for model in models]))
     gaps = [model.difference(models[0], metric) for model in models[1:]]
     table.add_row("difference", "", "", *[f"{gap.mean:+.4f}" for gap in gaps])
     table.add_row("95 %", "", "", *[f"{gap.low:+.4f} … {gap.high:+.4f}" for gap in gaps])
@@ -169,14 +163,14 @@ def _best_in_bold(values: Sequence[float]) -> list[Text]:
     return [Text(text, style="bold" if text == best else "") for text in shown]
 
 
-def _health_table(models: Sequence[ModelResult]) -> Table | None:
-    """Embedding health, mean over benchmarks, a row a model; None when no model has any."""
+def _health_table(models: Sequence[ModelResult]) -> Table:
+    """Embedding health, mean over benchmarks, a row for each model that has it."""
     table = _table("embedding health", "model", *_HEALTH_TITLES.values())
     for label, model in zip(labels([model.model for model in models]), models):
         average = summary(model.results)["avg"]
         if NEAR_IDENTICAL in average:
             table.add_row(label, *[f"{average[key]:.3f}" for key in _HEALTH_TITLES])
-    return table if table.row_count else None
+    return table
 
 
 def collapsed(models: Sequence[ModelResult]) -> list[str]:

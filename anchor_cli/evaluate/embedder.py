@@ -77,7 +77,7 @@ class PackedEmbedder:
         self._without_gradients = torch.inference_mode if inference_mode else torch.no_grad
 
     def encode_queries(self, texts: Sequence[str], language: str) -> Embeddings:
-        """Query embeddings with the instruction of `language` (design §2). Raises InputError: none for it."""
+        """Query embeddings with the instruction of `language`. Raises InputError: none for it."""
         known = self._contract.instructions
         instruction = known.get(language, known.get("*"))
         if instruction is None:

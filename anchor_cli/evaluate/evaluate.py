@@ -34,12 +34,12 @@ _BM25_TOKEN = re.compile(rf"([{HANGUL_SYLLABLES}]+)|[^\W{HANGUL_SYLLABLES}]+")
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What one model found on one benchmark."""
+    """One model on one benchmark."""
 
     benchmark: Benchmark
     query_ids: list[str]
     """The queries that count, Q of them."""
-    found: list[list[str]]
+    rankings: list[list[str]]
     """Document ids for every query, best first."""
     scores: list[list[float]]
     """Their scores."""
@@ -47,6 +47,11 @@ class BenchmarkResult:
     """(Q,) values by metric."""
     health: dict[str, float]
     """Embedding health (`HEALTH_KEYS`); empty for BM25."""
+
+    def rank_of_relevant(self, index: int) -> int | None:
+        """Rank of the first relevant document of query `index`; None when it is not in the ranking."""
+        judged = self.benchmark.qrels[self.query_ids[index]]
+        return next((rank for rank, key in enumerate(self.rankings[index], start=1) if judged.get(key, 0) > 0), None)
 
     def means(self) -> dict[str, float]:
         """Mean over queries, by metric."""
@@ -110,7 +115,7 @@ def evaluate_one(
         ties,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    found = [[document_ids[index] for index in row] for row in indices]
+    rankings = [[document_ids[index] for index in row] for row in indices]
     place = dict(zip(document_ids, document_rows))
     pairs = [
         (query_row, place[document])
@@ -120,9 +125,8 @@ def evaluate_one(
     ]
     left, right = [row for row, _ in pairs], [row for _, row in pairs]
     health = embedding_health(documents, (queries[left], documents[right]))
-    return BenchmarkResult(
-        benchmark, query_ids, found, scores.tolist(), _score(benchmark, query_ids, found, metrics), health
-    )
+    per_query = _score(benchmark, query_ids, rankings, metrics)
+    return BenchmarkResult(benchmark, query_ids, rankings, scores.tolist(), per_query, health)
 
 
 def _counted(benchmark: Benchmark) -> list[str]:
@@ -134,10 +138,10 @@ def _counted(benchmark: Benchmark) -> list[str]:
 
 
 def _score(
-    benchmark: Benchmark, query_ids: Sequence[str], found: Sequence[Sequence[str]], metrics: Sequence[str]
+    benchmark: Benchmark, query_ids: Sequence[str], rankings: Sequence[Sequence[str]], metrics: Sequence[str]
 ) -> dict[str, FloatArray]:
     rules = rules_of(benchmark.qrels)
-    rows = [query_metrics(best, benchmark.qrels[query], metrics, rules) for query, best in zip(query_ids, found)]
+    rows = [query_metrics(best, benchmark.qrels[query], metrics, rules) for query, best in zip(query_ids, rankings)]
     return {metric: np.array([row[metric] for row in rows]) for metric in metrics}
 
 
@@ -184,16 +188,16 @@ def evaluate_bm25(
     index.index([bm25_tokens(text) for text in benchmark.corpus.values()], show_progress=False)
     ties = tie_ranks(document_ids, rules_of(benchmark.qrels).ties_ascending)
     depth = max(depth, *(parse_metric(metric)[1] for metric in metrics))
-    found, scores = [], []
+    rankings, scores = [], []
     for query in query_ids:
         tokens = bm25_tokens(benchmark.queries[query])
         values = index.get_scores(tokens) if tokens else np.zeros(len(document_ids), dtype=np.float32)
         best = [row for row in np.lexsort((ties, -values))[:depth] if values[row] > 0]
-        found.append([document_ids[row] for row in best])
+        rankings.append([document_ids[row] for row in best])
         scores.append([float(values[row]) for row in best])
         if advance is not None:
             advance(1)
-    return BenchmarkResult(benchmark, query_ids, found, scores, _score(benchmark, query_ids, found, metrics), {})
+    return BenchmarkResult(benchmark, query_ids, rankings, scores, _score(benchmark, query_ids, rankings, metrics), {})
 
 
 def bm25_tokens(text: str) -> list[str]:

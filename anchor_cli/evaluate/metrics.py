@@ -76,67 +76,43 @@ def parse_metric(name: str) -> tuple[str, int]:
     return match.group(1), int(match.group(2))
 
 
-def ranked_first(scores: Mapping[str, float], rules: Rules) -> list[str]:
-    """Document ids, best score first, ties by id: the order of `search`, for scores that are already there."""
-    by_id = sorted(scores, reverse=not rules.ties_ascending)
-    return sorted(by_id, key=lambda document: -scores[document])  # sorted is stable: ties stay in id order
-
-
 def ndcg(grades: Sequence[int], ideal: Sequence[int], k: int) -> float:
     """nDCG@k (Jarvelin and Kekalainen 2002, with the grade itself as gain).
 
-    `grades`: grade of each found document, best first, 0 where not judged. `ideal`: all judged grades of the query.
+    `grades`: grade of each retrieved document, best first, 0 where not judged. `ideal`: all judged grades of the query.
     """
-    best = sum(_gain(grade, rank) for rank, grade in enumerate(sorted(ideal, reverse=True)[:k], start=1))
-    return sum(_gain(grade, rank) for rank, grade in enumerate(grades[:k], start=1)) / best if best else 0.0
+    best = _dcg(sorted(ideal, reverse=True)[:k])
+    return _dcg(grades[:k]) / best if best else 0.0
 
 
-def _gain(grade: int, rank: int) -> float:
-    return grade / math.log2(rank + 1) if grade > 0 else 0.0
-
-
-def reciprocal_rank(grades: Sequence[int], k: int) -> float:
-    """1 / rank of the first relevant document, 0 when it is not among the first `k`."""
-    return next((1.0 / rank for rank, grade in enumerate(grades[:k], start=1) if grade > 0), 0.0)
-
-
-def recall(grades: Sequence[int], num_relevant: int, k: int) -> float:
-    """Share of the relevant documents among the first `k`."""
-    return sum(grade > 0 for grade in grades[:k]) / num_relevant if num_relevant else 0.0
-
-
-def average_precision(grades: Sequence[int], divisor: int, k: int) -> float:
-    """Sum over the relevant documents among the first `k` of the precision at their rank, over `divisor`."""
-    hits, total = 0, 0.0
-    for rank, grade in enumerate(grades[:k], start=1):
-        if grade > 0:
-            hits += 1
-            total += hits / rank
-    return total / divisor if divisor else 0.0
+def _dcg(grades: Sequence[int]) -> float:
+    return sum(grade / math.log2(rank + 1) for rank, grade in enumerate(grades, start=1) if grade > 0)
 
 
 def query_metrics(
-    found: Sequence[str], judged: Mapping[str, int], metrics: Iterable[str], rules: Rules
+    ranking: Sequence[str], judged: Mapping[str, int], metrics: Iterable[str], rules: Rules
 ) -> dict[str, float]:
     """The metrics of one query.
 
-    `found`: distinct document ids, best first. `judged`: grade by document id.
+    `ranking`: distinct document ids, best first. `judged`: grade by document id.
     """
-    grades = [judged.get(document, 0) for document in found]
-    ideal = list(judged.values())
-    num_relevant = sum(grade > 0 for grade in ideal)
+    grades = [judged.get(document, 0) for document in ranking]
+    relevant_ranks = [rank for rank, grade in enumerate(grades, start=1) if grade > 0]
+    num_relevant = sum(grade > 0 for grade in judged.values())
     scores: dict[str, float] = {}
     for metric in metrics:
         kind, k = parse_metric(metric)
+        ranks = [rank for rank in relevant_ranks if rank <= k]
         if kind == "ndcg":
-            scores[metric] = ndcg(grades, ideal, k)
+            scores[metric] = ndcg(grades, list(judged.values()), k)
         elif kind == "mrr":
-            scores[metric] = reciprocal_rank(grades, k)
+            scores[metric] = 1.0 / ranks[0] if ranks else 0.0
         elif kind == "recall":
-            scores[metric] = recall(grades, num_relevant, k)
+            scores[metric] = len(ranks) / num_relevant if num_relevant else 0.0
         else:
             divisor = min(k, num_relevant) if rules.caps_map_divisor else num_relevant
-            scores[metric] = average_precision(grades, divisor, k)
+            precisions = [hits / rank for hits, rank in enumerate(ranks, start=1)]
+            scores[metric] = sum(precisions) / divisor if divisor else 0.0
     return scores
 
 

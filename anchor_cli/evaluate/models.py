@@ -1,4 +1,4 @@
-"""From the names of models to their results: finding, checking, loading and evaluating each in turn."""
+"""From the names of models to their results: each is found, checked, loaded and evaluated in turn."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchor_cli.base.checkpoints import find_checkpoint, is_ours, list_checkpoints, newest_checkpoint, verify_checkpoint
+from anchor_cli.base.checkpoints import (
+    default_checkpoint,
+    find_checkpoint,
+    is_ours,
+    list_checkpoints,
+    verify_checkpoint,
+)
 from anchor_cli.base.console import progress, say
 from anchor_cli.base.errors import AnchorError, InputError, first_line
 from anchor_cli.base.hub import is_hub_id
-from anchor_cli.base.runs import last_run
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.evaluate.compare import ModelResult
@@ -34,17 +39,14 @@ class ModelPlace:
 
 
 def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelPlace]:
-    """The folders that `names` mean: paths, checkpoints of runs, Hub ids. Without names the newest of the last run.
+    """The folders that `names` mean: paths, checkpoints of runs, Hub ids. Without names the default checkpoint.
 
     Raises:
         InputError: not found, here or on the Hub; ambiguous, half-written, or not a model folder.
     """
     if not names and default:
-        run = last_run()
-        newest = newest_checkpoint(run)
-        if newest is None:
-            raise InputError(f"{run}: the last run has no checkpoint yet", "name a checkpoint or a model folder")
-        return [_checked(str(newest), newest)]
+        folder = default_checkpoint("evaluating")
+        return [_checked(str(folder), folder)]
     places = [_place(name) for name in names]
     for index, place in enumerate(places):
         if place.folder.resolve() in [other.folder.resolve() for other in places[:index]]:
@@ -84,8 +86,7 @@ def _from_hub(name: str, not_here: InputError) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
     except Exception as error:
-        first = first_line(error)
-        raise InputError(f"{not_here.message}; nor on the Hub: {first}", not_here.hint) from error
+        raise InputError(f"{not_here.message}; nor on the Hub: {first_line(error)}", not_here.hint) from error
 
 
 def evaluate_models(
@@ -108,16 +109,16 @@ def evaluate_models(
     for benchmark in benchmarks:
         for note in benchmark.notes:
             say(note)
-    outcome = []
+    results = []
     for model in models:
         embedder = _load(model, batch_tokens, device)
-        outcome.append(ModelResult(model.name, _run(embedder, model.name, benchmarks, metrics, device)))
+        results.append(ModelResult(model.name, _run(embedder, model.name, benchmarks, metrics, device)))
         del embedder
         gc.collect()
     if baseline:
         rows = [evaluate_bm25(benchmark, metrics=metrics, depth=DEPTH) for benchmark in benchmarks]
-        outcome.append(ModelResult("bm25", rows))
-    return outcome
+        results.append(ModelResult("bm25", rows))
+    return results
 
 
 def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
@@ -129,16 +130,13 @@ def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
     except AnchorError:
         raise
     except Exception as error:  # a damaged weight file, an architecture that transformers does not know, …
-        first = first_line(error)
-        raise InputError(f"{model.folder}: cannot be loaded: {type(error).__name__}: {first}") from error
+        raise InputError(f"{model.folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _run(
     embedder: Embedder, name: str, benchmarks: Sequence[Benchmark], metrics: Sequence[str], device: str | None
 ) -> list[BenchmarkResult]:
-    num_texts = sum(
-        len(set(benchmark.queries.values())) + len(set(benchmark.corpus.values())) for benchmark in benchmarks
-    )
+    num_texts = sum(len(set(texts.values())) for each in benchmarks for texts in (each.queries, each.corpus))
     with progress(f"encoding with {Path(name).name}", num_texts, "texts") as bar:
         return [
             evaluate_one(embedder, benchmark, metrics=metrics, depth=DEPTH, device=device, advance=bar.advance)

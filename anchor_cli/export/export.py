@@ -20,15 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.base.checkpoints import (
-    best_checkpoint,
-    checkpoint_step,
-    default_checkpoint,
-    find_checkpoint,
-    is_ours,
-    list_checkpoints,
-    verify_checkpoint,
-)
+from anchor_cli.base.checkpoints import checkpoint_step, is_ours, list_checkpoints, verify_checkpoint
 from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
 from anchor_cli.base.contract import TextContract, write_contract, write_llm2vec_config
@@ -73,23 +65,6 @@ class Export:
                 "not_checked": self.parity["not_checked"],
             },
         }
-
-
-def choose_checkpoint(name: str | None) -> Path:
-    """The folder that `name` means; without one the best, else the newest, checkpoint of the last run, and says which.
-
-    Raises:
-        InputError: not found, ambiguous, or the last run has none.
-    """
-    if name is not None:
-        return find_checkpoint(name)
-    found = default_checkpoint()
-    run = RunFolder(found.parent)
-    why = "the best of the last run by eval/avg/ndcg@10"
-    if found != best_checkpoint(run.path):
-        why = "the newest of the last run, none of which was evaluated"
-    say(f"exporting {found}: {why}")
-    return found
 
 
 def export(
