@@ -22,11 +22,11 @@ from anchor_cli.base.files import staged_folder, sweep_staged, this_host
 from anchor_cli.base.runs import remember_run
 from anchor_cli.commands.cli import run as anchor
 from anchor_cli.evaluate.embedder import PackedEmbedder, load_embedder
-from anchor_cli.export import certificate_texts
+from anchor_cli.export import certificate_texts, readers
 from anchor_cli.export import certify as certificate
 from anchor_cli.export import export as exporting
 from anchor_cli.export import files as export_files
-from anchor_cli.export.certify import _Encoded, compare, examine
+from anchor_cli.export.certify import Encoded, compare, compare_all
 from anchor_cli.export.export import Export, export
 
 REPOSITORY = Path(__file__).parents[1]
@@ -67,10 +67,10 @@ def certified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real certificate on a third of the texts, without the cost of a fresh process."""
     monkeypatch.setattr(certificate_texts, "ODD", certificate_texts.ODD[::4])
     monkeypatch.setattr(certificate_texts, "SENTENCES", {"ko": certificate_texts.SENTENCES["ko"][1:]})
-    monkeypatch.setattr(certificate, "BATCH_SIZES", ((1, "left"), (32, "right")))
+    monkeypatch.setattr(readers, "BATCH_SIZES", ((1, "left"), (32, "right")))
 
     def certify(folder: Path, checkpoint: Path, *, converted: bool) -> dict[str, Any]:
-        result = examine(folder, checkpoint, converted=converted)
+        result = compare_all(folder, checkpoint, converted=converted)
         if not result["passed"]:
             raise RunError(result["failed"])
         return result
@@ -239,14 +239,14 @@ def test_without_sentence_transformers_the_certificate_says_so(
 
 
 def test_compare_by_hand() -> None:
-    ours = _Encoded(["a", "b"], [[1], [2]], np.array([[3.0, 0.0], [0.0, 2.0]]))
-    same = compare("x", 1, "left", ours, _Encoded(["a", "b"], [[1], [2]], np.array([[1.0, 0.0], [0.0, 9.0]])))
+    ours = Encoded(["a", "b"], [[1], [2]], np.array([[3.0, 0.0], [0.0, 2.0]]))
+    same = compare("x", 1, "left", ours, Encoded(["a", "b"], [[1], [2]], np.array([[1.0, 0.0], [0.0, 9.0]])))
     assert same.passed and same.lowest_cosine == 1.0 and same.largest_difference == 0.0
-    turned = compare("x", 1, "left", ours, _Encoded(["a", "b"], [[1], [2]], np.array([[1.0, 0.0], [3.0, 4.0]])))
+    turned = compare("x", 1, "left", ours, Encoded(["a", "b"], [[1], [2]], np.array([[1.0, 0.0], [3.0, 4.0]])))
     assert not turned.passed and turned.lowest_cosine == pytest.approx(0.8) and turned.worst == "b"
-    ids = compare("x", 1, "left", ours, _Encoded(["a", "b"], [[1], [3]], ours.vectors))
+    ids = compare("x", 1, "left", ours, Encoded(["a", "b"], [[1], [3]], ours.vectors))
     assert not ids.passed and ids.num_other_ids == 1 and ids.worst == "b"
-    broken = compare("x", 1, "left", ours, _Encoded(["a", "b"], [[1], [2]], np.full((2, 2), np.nan)))
+    broken = compare("x", 1, "left", ours, Encoded(["a", "b"], [[1], [2]], np.full((2, 2), np.nan)))
     assert not broken.passed, "NaN is not equal"
 
 

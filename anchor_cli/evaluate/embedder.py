@@ -18,7 +18,8 @@ from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import TextEncoder, contract_with, eos_of, load_tokenizer, tokenizer_fingerprint
 from anchor_cli.model.attention import choose_kernel
-from anchor_cli.model.backbone import load_backbone, read_config
+from anchor_cli.model.backbone import load_backbone
+from anchor_cli.model.folder import read_config
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
 

@@ -1,7 +1,7 @@
 """`anchor export`: a checkpoint becomes one folder that every next tool loads right, or nothing at all.
 
     export/   config.json model*.safetensors generation_config.json      transformers: AutoModel, AutoModelForCausalLM
-              tokenizer.json tokenizer_config.json                       strips, closes, truncates (export_tokenizer)
+              tokenizer.json tokenizer_config.json                       strips, closes, truncates (export/tokenizer.py)
               base_tokenizer/                                            as in training: anchor, GGUF converters
               modules.json sentence_bert_config.json config_sentence_transformers.json 1_Pooling/ 2_Normalize/
               llm2vec_config.json anchor.json spec.json scores.json stage_II.json parity.json README.md
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 from anchor_cli.base.checkpoints import checkpoint_step, is_ours, list_checkpoints, verify_checkpoint
 from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
-from anchor_cli.base.contract import TextContract, write_contract, write_llm2vec_config
+from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.files import free_bytes, staged_folder, sweep_staged, words_for_disk_errors, write_json
 from anchor_cli.base.runs import RunFolder, read_json_lines
@@ -34,7 +33,7 @@ from anchor_cli.export.card import licence_file, model_card
 from anchor_cli.export.certify import FILE_NAME as PARITY
 from anchor_cli.export.certify import certify
 from anchor_cli.export.tokenizer import write_tokenizer
-from anchor_cli.model.backbone import read_config
+from anchor_cli.model.folder import read_config
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Numbers that weights can be written in, and their bytes."""
@@ -102,14 +101,15 @@ def export(
     _say_state_of_run(checkpoint)
     sweep_staged(final)
     with _words_for_errors(checkpoint, final), staged_folder(final, replace=force) as folder:
-        dimension = _write_weights(checkpoint, folder, chosen, max_shard_size)
-        _write_rest(checkpoint, folder, final, contract, dimension)
+        state = files.read_training_state(checkpoint)
+        dimension = _write_weights(checkpoint, folder, contract, max_shard_size)
+        _write_rest(checkpoint, folder, final, contract, dimension, state)
         say("certifying: the same texts through anchor, transformers and sentence-transformers in a fresh process")
         parity = certify(folder, checkpoint, converted=chosen != stored)
         for line in parity["not_checked"]:
             warn(f"not certified: {line}")
         write_json(folder / PARITY, parity)
-        _write_card(checkpoint, folder, name or final.name, contract, chosen, dimension, parity)
+        _write_card(checkpoint, folder, name or final.name, contract, dimension, state, parity)
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
     return Export(final, checkpoint, chosen, parity)
@@ -178,30 +178,27 @@ def _words_for_errors(checkpoint: Path, final: Path) -> Iterator[None]:
             ) from error
 
 
-def _write_weights(checkpoint: Path, folder: Path, dtype: str, max_shard_size: str) -> int:
-    """Weights and configs as transformers writes them. Returns the embedding's dimension."""
+def _write_weights(checkpoint: Path, folder: Path, contract: TextContract, max_shard_size: str) -> int:
+    """Weights, configs and contract. Returns the embedding's dimension."""
     import torch
 
     from anchor_cli.model.backbone import load_backbone
+    from anchor_cli.model.folder import save_model
 
-    model = load_backbone(checkpoint, dtype=getattr(torch, dtype))
-    model.config.use_cache = True
+    model = load_backbone(checkpoint, dtype=getattr(torch, str(contract.dtype)))
     try:
-        with contextlib.redirect_stdout(open(os.devnull, "w")):  # it imports deepspeed, which prints
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        save_model(folder, model, contract, max_shard_size=max_shard_size)
     except ValueError as error:
         raise InputError(f"--max-shard-size {max_shard_size}: {error}", "such as 5GB or 500MB") from error
     return int(model.config.hidden_size)
 
 
-def _write_rest(checkpoint: Path, folder: Path, final: Path, contract: TextContract, dimension: int) -> None:
-    state = files.read_training_state(checkpoint)
+def _write_rest(
+    checkpoint: Path, folder: Path, final: Path, contract: TextContract, dimension: int, state: dict[str, Any]
+) -> None:
     write_tokenizer(checkpoint, folder, contract)
-    vocabulary = load_tokenizer(checkpoint)
-    space = vocabulary.encode(" ", add_special_tokens=False).ids
+    space = load_tokenizer(checkpoint).encode(" ", add_special_tokens=False).ids
     files.write_library_files(folder, contract, dimension, space[:1])
-    write_llm2vec_config(folder, contract)
-    write_contract(folder, contract)
     if state:
         write_json(folder / "spec.json", state["spec"])
     write_json(folder / "scores.json", files.scores_of(checkpoint, state))
@@ -213,18 +210,16 @@ def _write_card(
     folder: Path,
     name: str,
     contract: TextContract,
-    dtype: str,
     dimension: int,
+    state: dict[str, Any],
     parity: dict[str, Any],
 ) -> None:
-    state = files.read_training_state(checkpoint)
     licence = licence_file(state)
     if licence is not None:
         shutil.copyfile(licence, folder / "LICENSE")
     card = model_card(
         name,
         contract,
-        dtype=dtype,
         dimension=dimension,
         state=state,
         scores=files.scores_of(checkpoint, state),

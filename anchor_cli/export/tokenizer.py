@@ -1,6 +1,6 @@
 """The tokenizer of an export: what every other tool makes of `prompt + text` is what anchor makes of it.
 
-Our rule (design §2) strips the text, puts it into the template and tokenises the whole string once. Other tools
+Our rule (docs/method.md) strips the text, puts it into the template and tokenises the whole string once. Other tools
 tokenise `prompt + text` and know nothing of stripping or of what closes the text. So an export's `tokenizer.json` does:
 
 * a normaliser, before the tokenizer's own, strips white space as Python's `str.strip` does (behind the template's head

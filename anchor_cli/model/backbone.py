@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,16 +111,6 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     for layer in model.get_decoder().layers:
         for region in layer.children() if getattr(layer, "gradient_checkpointing", False) else (layer,):
             region.compile(dynamic=True, backend=backend)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a local model folder, without importing the model. Raises InputError."""
-    path = Path(folder) / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a model configuration ({error})") from error
-    return config
 
 
 def _refuse_pickled_weights(source: str) -> None:

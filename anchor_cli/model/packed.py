@@ -93,7 +93,7 @@ def pack_pairs(
     eos_token_id: int,
     targets: Targets,
 ) -> PairBatch:
-    """Pack R pairs. [EOS] ids are never targets; `content` keeps only content tokens as targets (design §2)."""
+    """Pack R pairs. [EOS] ids are never targets; `content` keeps only content tokens as targets."""
     ids = [*query_ids, *document_ids]
     starts = np.concatenate([query_content_starts, document_content_starts]).astype(np.int64)
     texts = pack_texts(ids)

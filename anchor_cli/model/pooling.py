@@ -1,4 +1,4 @@
-"""From hidden states to one embedding a text (design §2, "Encode"): pure functions on packed rows.
+"""From hidden states to one embedding a text (docs/method.md): pure functions on packed rows.
 
 Legend: N texts, T tokens, D hidden size. Content tokens of text i are tokens content_start_i … n_i - 2 of it; the last
 token is [EOS].

@@ -23,9 +23,10 @@ from anchor_cli.base.checkpoints import (
     list_checkpoints,
     verify_checkpoint,
 )
-from anchor_cli.base.contract import TextContract, write_contract, write_llm2vec_config
+from anchor_cli.base.contract import TextContract
 from anchor_cli.base.files import free_bytes, fsync_folder, fsync_tree, in_units, sha256_file, write_json
 from anchor_cli.data.text import tokenizer_folder
+from anchor_cli.model.folder import save_model
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,23 +50,11 @@ def sweep_partials(run_folder: Path) -> None:
 
 
 def write_model_files(folder: Path, engine: Any, source: str, contract: TextContract) -> None:
-    """Model, config, tokenizer and text contract into `folder`. Rank 0 writes; under ZeRO-3 every rank takes part.
-
-    The config says nothing of our attention: any tool loads the folder as the stock model it is.
-    """
+    """Model, config, tokenizer and text contract into `folder`. Rank 0 writes; under ZeRO-3 every rank takes part."""
     state = _full_state_dict(engine)
-    if engine.global_rank != 0:
-        return
-    language_model = engine.module.language_model
-    language_model.config.use_cache = True
-    try:
-        language_model.save_pretrained(folder, state_dict=state, max_shard_size="1TB")
-    finally:
-        language_model.config.use_cache = False
-    copy_tokenizer(source, folder)
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    write_contract(folder, contract.model_copy(update={"dtype": dtype}))
-    write_llm2vec_config(folder, contract)
+    if engine.global_rank == 0:
+        save_model(folder, engine.module.language_model, contract, state_dict=state)
+        copy_tokenizer(source, folder)
 
 
 def _full_state_dict(engine: Any) -> dict[str, Any]:
