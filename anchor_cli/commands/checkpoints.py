@@ -12,7 +12,7 @@ from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from anchor_cli.report.checkpoints import Listed
+    from anchor_cli.report.checkpoints import CheckpointState
 
 
 class Action(StrEnum):
@@ -45,26 +45,26 @@ def checkpoints(
     """
     from anchor_cli.base.checkpoints import list_checkpoints
     from anchor_cli.base.console import print_json, say
-    from anchor_cli.report.checkpoints import list_run, run_of
+    from anchor_cli.report.checkpoints import run_of, states_of
     from anchor_cli.train.saving import prune, removable
 
     folder = run_of(run)
     if action == Action.prune:
-        limit = keep or limit_of(folder)
-        found = list_checkpoints(folder)
-        gone = removable(folder, found, limit, hashes=True) if dry_run else prune(folder, limit, hashes=True)
+        limit = keep or _save_total_limit(folder)
+        present = list_checkpoints(folder)
+        gone = removable(folder, present, limit, hashes=True) if dry_run else prune(folder, limit, hashes=True)
         if as_json:
             print_json({"run": str(folder), "keep": limit, "dry_run": dry_run, "removed": [str(path) for path in gone]})
         for path in gone:
             say(f"{'would remove' if dry_run else 'removed'} {path}")
-        say(f"{folder}: {len(found) - len(gone)} of {len(found)} checkpoints {'would stay' if dry_run else 'stay'}")
+        say(f"{folder}: {len(present) - len(gone)} of {len(present)} checkpoints {'would stay' if dry_run else 'stay'}")
         return
-    listed = list_run(folder, hashes=action == Action.verify)
+    states = states_of(folder, hashes=action == Action.verify)
     if as_json:
-        print_json({"run": str(folder), "checkpoints": [one.as_dict() for one in listed]})
+        print_json({"run": str(folder), "checkpoints": [state.as_dict() for state in states]})
     else:
-        _table(folder, listed)
-    damaged = [one.path.name for one in listed if one.problems]
+        _print_table(folder, states)
+    damaged = [state.path.name for state in states if state.problems]
     if damaged and action == Action.verify:
         raise RunError(
             f"{folder}: damaged: {', '.join(damaged)}",
@@ -72,7 +72,7 @@ def checkpoints(
         )
 
 
-def limit_of(run: Path) -> int:
+def _save_total_limit(run: Path) -> int:
     """`save_total_limit` of a run's spec. Raises InputError: it has none."""
     import json
 
@@ -87,18 +87,20 @@ def limit_of(run: Path) -> int:
     return int(limit)
 
 
-def _table(folder: Path, listed: list[Listed]) -> None:
+def _print_table(folder: Path, states: list[CheckpointState]) -> None:
     from rich.table import Table
 
     from anchor_cli.base.console import console, say
-    from anchor_cli.report.checkpoints import rows_of
+    from anchor_cli.base.files import in_units
 
-    if not listed:
+    if not states:
         say(f"{folder}: no checkpoint yet")
         return
     table = Table(title=str(folder), title_justify="left")
     for name in ("checkpoint", "size", "eval/avg/ndcg@10", "state"):
         table.add_column(name, justify="right" if name in ("size", "eval/avg/ndcg@10") else "left")
-    for row in rows_of(listed):
-        table.add_row(*row)
+    for state in states:
+        score = "" if state.ndcg is None else f"{state.ndcg:.4f}{' best' if state.best else ''}"
+        problems = "; ".join(state.problems) or "whole"
+        table.add_row(state.path.name, in_units(state.num_bytes), score, problems)
     console().print(table)

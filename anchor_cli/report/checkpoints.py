@@ -1,4 +1,4 @@
-"""The checkpoints of a run as a table: steps, sizes, scores, and what is wrong with them."""
+"""The checkpoints of a run: steps, sizes, scores, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.base.checkpoints import best_checkpoint, checkpoint_step, list_checkpoints, verify_checkpoint
+from anchor_cli.base.checkpoints import best_checkpoint, checkpoint_step, list_checkpoints, scores_of, verify_checkpoint
 from anchor_cli.base.errors import InputError
-from anchor_cli.base.files import in_units
-from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10, STEP
-from anchor_cli.base.runs import RunFolder, last_run, read_json_lines
+from anchor_cli.base.runs import last_run
 
 
 @dataclass(frozen=True)
-class Listed:
+class CheckpointState:
     """One checkpoint of a run."""
 
     path: Path
@@ -27,7 +25,7 @@ class Listed:
     """What is wrong with it; empty: whole."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can say it."""
+        """For JSON."""
         return asdict(self) | {"path": str(self.path), "whole": not self.problems}
 
 
@@ -35,35 +33,18 @@ def run_of(folder: Path | None) -> Path:
     """A run's folder: the one given, the parent of a checkpoint given, or the last run. Raises InputError."""
     if folder is None:
         return last_run()
-    if checkpoint_step(folder) is not None and folder.is_dir():
-        return folder.absolute().parent
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", hint="give the folder of a run, or nothing for the last run")
-    return folder
+    return folder if checkpoint_step(folder) is None else folder.absolute().parent
 
 
-def list_run(run: Path, *, hashes: bool) -> list[Listed]:
+def states_of(run: Path, *, hashes: bool) -> list[CheckpointState]:
     """The checkpoints of a run, oldest first. `hashes`: read every byte; else only compare sizes."""
-    lines = read_json_lines(RunFolder(run).metrics)
-    scores = {line[STEP]: line[EVAL_AVG_NDCG_10] for line in lines if EVAL_AVG_NDCG_10 in line}
-    best = best_checkpoint(run)
-    found = []
+    scores, best = scores_of(run), best_checkpoint(run)
+    states = []
     for path in list_checkpoints(run):
         step = checkpoint_step(path) or 0
         num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         problems = verify_checkpoint(path, hashes=hashes)
-        found.append(Listed(path, step, num_bytes, scores.get(step), path == best, problems))
-    return found
-
-
-def rows_of(listed: list[Listed]) -> list[tuple[str, ...]]:
-    """Cells of a table: name, size, score, state."""
-    return [
-        (
-            one.path.name,
-            in_units(one.num_bytes),
-            "" if one.ndcg is None else f"{one.ndcg:.4f}{' best' if one.best else ''}",
-            "; ".join(one.problems) or "whole",
-        )
-        for one in listed
-    ]
+        states.append(CheckpointState(path, step, num_bytes, scores.get(step), path == best, problems))
+    return states
