@@ -1,16 +1,21 @@
 """DeepSpeed configs: plain ones, with `"auto"` where the spec decides; a contradiction is an error, never a choice.
 
-DeepSpeed itself passes over top-level keys it does not know, so a misspelled `zero_optimisation` would silently train
-without ZeRO: the keys are checked here (against DeepSpeed 0.19.8; `tests/test_ds_config.py` compares the lists).
+DeepSpeed ignores top-level keys that it does not know, so a misspelled `zero_optimisation` would silently train without
+ZeRO: those keys are listed here. What stands below `zero_optimization`, `bf16` and `fp16` is checked by DeepSpeed's own
+models, for files that are not shipped (importing DeepSpeed takes some seconds; tests check the shipped ones).
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from anchor_cli.base.errors import InputError, nearest
 
@@ -26,23 +31,6 @@ TOP_LEVEL_KEYS = frozenset(
     "tensorboard wandb".split()
 )
 """Top-level keys that are passed on."""
-
-ZERO_KEYS = frozenset(
-    "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions "
-    "allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param "
-    "offload_optimizer sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload "
-    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters "
-    "max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold "
-    "use_all_reduce_for_fetch_params allgather_sequential ignore_unused_parameters legacy_stage1 "
-    "round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights "
-    "zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear "
-    "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
-    "save_muon_momentum_buffer_in_memory leaf_module stage3_gather_fp16_weights_on_model_save "
-    "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
-    "stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save "
-    "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential".split()
-)
-"""Keys below `zero_optimization` that are passed on."""
 
 REFUSED = {
     "optimizer": "the spec's learning_rate and weight_decay make the optimizer (AdamW)",
@@ -120,6 +108,8 @@ def load_ds_config(name_or_path: str, spec_dir: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected one JSON object")
     _check_keys(raw, str(path))
+    if path != shipped.get(bare):
+        _check_sections(raw, str(path))
     return raw
 
 
@@ -128,20 +118,37 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         if key in REFUSED:
             raise InputError(f"{where}: {key}: not supported: {REFUSED[key]}", "remove the key")
         if key not in TOP_LEVEL_KEYS:
-            near = nearest(key, TOP_LEVEL_KEYS)
-            raise InputError(f"{where}: {key}: unknown key", f"did you mean {near}?" if near else None)
+            raise _unknown(f"{where}: {key}", key, TOP_LEVEL_KEYS)
     for (section, key), why in REFUSED_BELOW.items():
         if isinstance(raw.get(section), dict) and raw[section].get(key):
             raise InputError(f"{where}: {section}.{key}: not supported: {why}", "remove the key")
     zero = raw.get("zero_optimization", {})
-    for key in zero if isinstance(zero, dict) else ():
-        if key not in ZERO_KEYS:
-            near = nearest(key, ZERO_KEYS)
-            hint = f"did you mean {near}?" if near else None
-            raise InputError(f"{where}: zero_optimization.{key}: unknown key", hint)
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise InputError(f"{where}: zero_optimization.stage: got {json.dumps(stage)}, expected 0, 1, 2 or 3")
+
+
+def _check_sections(raw: dict[str, Any], where: str) -> None:
+    """Keys and values below the sections for which DeepSpeed has a strict model of its own."""
+    with redirect_stdout(sys.stderr):  # it prints while it is imported
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for section, model in models.items():
+        try:
+            model(**raw[section] if isinstance(raw.get(section), dict) else {})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in (section, *first["loc"]))
+            if first["type"] == "extra_forbidden":
+                fields = model.model_fields if len(first["loc"]) == 1 else {}
+                raise _unknown(f"{where}: {place}", str(first["loc"][-1]), fields) from None
+            raise InputError(f"{where}: {place}: got {json.dumps(first['input'])}: {first['msg']}") from None
+
+
+def _unknown(place: str, key: str, known: Iterable[str]) -> InputError:
+    near = nearest(key, known)
+    return InputError(f"{place}: unknown key", f"did you mean {near}?" if near else None)
 
 
 def resolve_ds_config(
