@@ -14,7 +14,7 @@ from test_benchmarks import write_nano
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
-from anchor_cli.plan import estimate, flops
+from anchor_cli.plan import estimate, flops, probe
 from anchor_cli.plan.checks import check_plan
 from anchor_cli.plan.estimate import Hardware, Rows, Throughput
 from anchor_cli.plan.flops import ModelShape
@@ -293,6 +293,27 @@ def test_the_command_in_words_with_a_probe(
     out = capsys.readouterr().out
     assert "10 an epoch, 10 in all" in out and "on cpu (sdpa)" in out and "probe: " in out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+def test_the_probe_builds_the_family_of_the_config(family: str, tmp_path: Path) -> None:
+    """Without weights: the same parameters, by name and shape, as transformers' own class has."""
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    config.save_pretrained(tmp_path)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    ours = probe._backbone(spec(model_name_or_path=str(tmp_path)), torch.float32, False)
+    assert type(ours) is type(theirs)
+    got = {name: parameter.shape for name, parameter in ours.named_parameters()}
+    assert got == {name: parameter.shape for name, parameter in theirs.named_parameters()}
+    assert sum(shape.numel() for shape in got.values()) == shape_of(str(tmp_path))[0].num_parameters
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen9"}))
+    with pytest.raises(InputError, match="no causal language model that transformers knows"):
+        probe._backbone(spec(model_name_or_path=str(tmp_path)), torch.float32, False)
 
 
 def test_mistakes_are_said(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What `anchor plan` looks at: the model's shape, the rows' lengths, the GPUs. No torch, no weights read."""
+"""What `anchor plan` reads: the model's shape, the rows' lengths, the GPUs. No torch, no weights read."""
 
 from __future__ import annotations
 
@@ -33,26 +33,28 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def shape_of(model_name_or_path: str) -> tuple[ModelShape, str]:
-    """The shape and where it was read: the folder's config.json, else the built-in one of a known
-    model, which needs no network, else the Hub's.
-
-    Raises:
-        InputError: no config.json, or one that lacks a size.
-    """
-    path = Path(model_name_or_path).expanduser() / "config.json"
-    known = KNOWN_CONFIGS.get(model_name_or_path.removesuffix("-Base"))
-    found = path if path.is_file() else None if known else _from_hub(model_name_or_path)
-    if found is None and known is None:
-        raise InputError(
-            f"model_name_or_path: {model_name_or_path}: no config.json there, and the Hub does not give it",
-            hint="give a folder with config.json, or a Hub id that this host can reach",
-        )
-    config = _read(found) if found else known or {}
-    where = str(found or f"the known shape of {model_name_or_path}")
+    """The shape and where it was read. Raises InputError: no config.json, or one that lacks a size."""
+    config, where = config_of(model_name_or_path)
     try:
         return ModelShape.from_config(config), where
     except KeyError as error:
         raise InputError(f"{where}: no {error.args[0]}, expected a decoder-only language model") from None
+
+
+def config_of(model_name_or_path: str) -> tuple[dict[str, Any], str]:
+    """config.json and where it was read: the folder's, else the built-in one of a known model (needs no network), else
+    the Hub's. Raises InputError: there is none."""
+    path = Path(model_name_or_path).expanduser() / "config.json"
+    known = KNOWN_CONFIGS.get(model_name_or_path.removesuffix("-Base"))
+    file = path if path.is_file() else None if known else _from_hub(model_name_or_path)
+    if file is not None:
+        return _read(file), str(file)
+    if known is not None:
+        return known, f"the known shape of {model_name_or_path}"
+    raise InputError(
+        f"model_name_or_path: {model_name_or_path}: no config.json there, and the Hub does not give it",
+        hint="give a folder with config.json, or a Hub id that this host can reach",
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,18 +91,18 @@ def hardware_of(gpu: str | None, num_gpus: int | None) -> Hardware:
     if gpu is not None:
         kind = gpu_named(gpu)
         return Hardware(kind, num_gpus or 1, kind.memory_gib * 2**30)
-    found = local_gpus()
-    if not found:
+    cards = local_gpus()
+    if not cards:
         return Hardware(None, num_gpus or 1, None)
-    name, memory_gib = found[0]
-    here = gpu_of_device_name(name)
-    if here is None:
+    name, memory_gib = cards[0]
+    kind = gpu_of_device_name(name)
+    if kind is None:
         raise InputError(f"{name}: this GPU's peak is not known", hint="name the nearest one: --gpu")
-    return Hardware(here, num_gpus or len(found), memory_gib * 2**30)
+    return Hardware(kind, num_gpus or len(cards), memory_gib * 2**30)
 
 
 def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
-    """Lengths of the spec's data: exact when prepared, from a sample when raw, assumed when told how many rows.
+    """Lengths of the spec's data: exact when prepared, from a sample when raw, assumed where only the count is given.
 
     Raises:
         InputError: the data are not there and `num_rows` was not given, or they cannot be read.
@@ -111,10 +113,10 @@ def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
     if place != "raw":
         if num_rows is not None:
             return assumed_rows(num_rows, spec)
-        said = "from the Hub, which a plan does not read" if place == "hub" else "not found on this machine"
+        reason = "from the Hub, which a plan does not read" if place == "hub" else "not found on this machine"
         raise InputError(
-            f"dataset_file_path: {spec.dataset_file_path}: {said}",
-            hint="say how many rows it has with --rows N to plan without it",
+            f"dataset_file_path: {spec.dataset_file_path}: {reason}",
+            hint="pass the number of rows, --rows N, to plan without it",
         )
     return _sampled(spec, num_rows)
 
@@ -161,7 +163,7 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
     except AnchorError as error:
         if num_rows is not None:
             return assumed_rows(num_rows, spec)
-        raise InputError(error.message, "raw data need the model's tokenizer; or say --rows N") from error
+        raise InputError(error.message, "raw data need the model's tokenizer; or pass --rows N") from error
     limits, source = Limits(), open_source(spec.dataset_file_path, Asked())
     about = source.rows_hint or source.count_rows(limits)  # for the spread of the sample; `first` ends as the count
     make = RowMaker(Work(spec.model_name_or_path, contract, limits, None, False))
@@ -179,9 +181,9 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
         raise InputError(f"{spec.dataset_file_path}: no usable row among {first}", "anchor prepare says why")
     drawn = np.random.default_rng(0).integers(sample.shape[1], size=first)
     taken = sample.shape[1]
-    said = f"{spec.dataset_file_path} (raw; lengths of a sample of {taken:,} rows, rejected rows not taken off)"
+    description = f"{spec.dataset_file_path} (raw; lengths of a sample of {taken:,} rows, rejected rows not taken off)"
     queries, documents = (side[drawn].astype(np.int32) for side in sample)
-    return Rows(queries, documents, round(targets * first / taken), cut / taken, said)
+    return Rows(queries, documents, round(targets * first / taken), cut / taken, description)
 
 
 def _targets(spec: RunSpec, table: Any) -> int:

@@ -1,4 +1,4 @@
-"""`anchor plan --probe`: the heaviest micro-batch, twice, on the real device. Random weights if the real ones are away.
+"""`anchor plan --probe`: the heaviest micro-batch, twice, on the real device; random weights where the real are not here.
 
 Measures what the arithmetic cannot: the peak of memory and the seconds of a forward and backward pass. The optimizer is
 not run; its state's bytes (of this rank's shard) are added, since they are known exactly.
@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.model.attention import PACKED_ATTENTION, choose_kernel, register
 from anchor_cli.model.backbone import apply_liger, load_backbone
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan.estimate import Estimate
 from anchor_cli.plan.flops import ModelShape
+from anchor_cli.plan.inputs import config_of
 from anchor_cli.spec.spec import RunSpec
 
 
@@ -40,7 +42,7 @@ def probe(spec: RunSpec, shape: ModelShape, made: Estimate) -> Probe:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, device, dtype)
-    backbone = _backbone(spec, shape, dtype, made.cut.gradient_checkpointing)
+    backbone = _backbone(spec, dtype, made.cut.gradient_checkpointing)
     if device.type == "cuda":
         apply_liger(backbone)
         torch.cuda.reset_peak_memory_stats()
@@ -62,20 +64,20 @@ def probe(spec: RunSpec, shape: ModelShape, made: Estimate) -> Probe:
     return Probe(str(device), kernel, tokens, seconds, tokens / seconds, peak)
 
 
-def _backbone(spec: RunSpec, shape: ModelShape, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
-    """The spec's model if its weights are here, else a random one of the same shape: weights change no timing."""
+def _backbone(spec: RunSpec, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
+    """The spec's model if its weights are here, else a random one of the same config: weights change no timing."""
     folder = Path(spec.model_name_or_path).expanduser()
     if any(folder.glob("*.safetensors")):
         return load_backbone(folder, dtype=dtype, gradient_checkpointing=checkpointing)
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
     register()
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
-        num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=shape.tied_embeddings, use_cache=False,
-    )  # fmt: skip
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION, dtype=dtype)
+    values, where = config_of(spec.model_name_or_path)
+    try:
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values | {"use_cache": False})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=PACKED_ATTENTION, dtype=dtype
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{where}: no causal language model that transformers knows: {first_line(error)}") from error
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
