@@ -37,6 +37,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from padded_baseline import INSTRUCTION, TEMPLATE, PaddedTrainer, Row, read_rows  # noqa: E402
+from padded_flops import padded_flops  # noqa: E402
 
 from anchor_cli.data.batches import deal  # noqa: E402
 from anchor_cli.data.text import TextEncoder, TokenisedText, load_tokenizer  # noqa: E402
@@ -260,7 +261,7 @@ def compare(setting: Setting, variant: Variant, steps: list[list[Row]], repeats:
     targets = sum(int((t.ids[:-1] != 151645).sum()) for pair in flat for t in pair)
     needed = flops.objective_flops(shape, *lengths, num_targets=targets)
     square = not setting.baseline_attention.startswith("flash")
-    done = flops.padded_flops(shape, *lengths, len(steps[0]), square_attention=square)
+    done = padded_flops(shape, *lengths, len(steps[0]), square_attention=square)
     report: dict[str, Any] = {"variant": variant.name, "kernel": ours.kernel, "loss_difference": difference}
     for side, values in seconds.items():
         typical = statistics.median(values)

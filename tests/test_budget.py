@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.plan.budget import choose_budget, state_options
+from anchor_cli.plan.budget import choose_budget
 from anchor_cli.plan.flops import ModelShape
-from anchor_cli.plan.memory import LayerOptions, StateOptions, largest_budget, training_memory
+from anchor_cli.plan.memory import LayerOptions, largest_budget, training_memory
+from anchor_cli.plan.zero import StateOptions, state_options
 from anchor_cli.spec.deepspeed import load_ds_config
 from anchor_cli.spec.spec import RunSpec
 

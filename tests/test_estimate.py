@@ -14,13 +14,13 @@ from test_benchmarks import write_nano
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
-from anchor_cli.plan import estimate, flops, probe
+from anchor_cli.plan import estimate, flops, probe, zero
 from anchor_cli.plan.checks import check_plan
 from anchor_cli.plan.estimate import Hardware, Rows, Throughput
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name, local_gpus
 from anchor_cli.plan.inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
-from anchor_cli.plan.memory import StateOptions
+from anchor_cli.plan.zero import StateOptions
 from anchor_cli.spec.spec import RunSpec
 
 SHAPE = ModelShape.from_config(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"])
@@ -51,9 +51,9 @@ def test_kure_steps() -> None:
 )
 def test_communication(stage: int, micro_batches: int, want: float) -> None:
     options = StateOptions(2, 4, 4, zero_stage=stage, world_size=8)
-    got = estimate.communication_bytes(SHAPE, options, micro_batches)
+    got = zero.communication_bytes(SHAPE, options, micro_batches)
     assert got == want * SHAPE.num_parameters * 7 / 8
-    assert estimate.communication_bytes(SHAPE, StateOptions(zero_stage=stage, world_size=1), micro_batches) == 0
+    assert zero.communication_bytes(SHAPE, StateOptions(zero_stage=stage, world_size=1), micro_batches) == 0
 
 
 @pytest.mark.parametrize(

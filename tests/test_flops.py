@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from anchor_cli.plan import flops
 from anchor_cli.plan.flops import ModelShape
 
+padded_flops = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/padded_flops.py"))["padded_flops"]
 QWEN3_0_6B = {
     "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
     "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True,
@@ -66,13 +68,13 @@ def test_objective_of_one_pair_by_hand() -> None:
 def test_padded_equals_objective_when_nothing_is_padded_or_recomputed() -> None:
     shape = ModelShape.from_config(TINY)
     rows = [7] * 6
-    got = flops.padded_flops(shape, rows, rows, 3, checkpointing=False, square_attention=False)
+    got = padded_flops(shape, rows, rows, 3, checkpointing=False, square_attention=False)
     assert got == flops.objective_flops(shape, rows, rows)
 
 
 def test_padded_counts_pads_per_batch_and_side() -> None:
     shape = ModelShape.from_config(TINY)
-    got = flops.padded_flops(shape, [2, 5, 3], [4, 4, 9], 2, checkpointing=False, square_attention=False)
+    got = padded_flops(shape, [2, 5, 3], [4, 4, 9], 2, checkpointing=False, square_attention=False)
     columns = [(5, 2), (4, 2), (3, 1), (9, 1)]  # longest text and rows of each rectangle
     trunk = sum(b * (n + n - 1) for n, b in columns)
     pairs = flops.causal_pairs(np.array([2, 5, 3, 4, 4, 9])) + flops.causal_pairs(np.array([1, 4, 2, 3, 3, 8]))
@@ -83,9 +85,7 @@ def test_padded_counts_pads_per_batch_and_side() -> None:
 
 def test_checkpointing_adds_one_forward_of_the_layers() -> None:
     shape = ModelShape.from_config(TINY)
-    with_it, without = (
-        flops.padded_flops(shape, [6], [8], 1, checkpointing=c, square_attention=True) for c in (True, False)
-    )
+    with_it, without = (padded_flops(shape, [6], [8], 1, checkpointing=c, square_attention=True) for c in (True, False))
     pairs = 36 + 25 + 64 + 49
     assert with_it - without == flops.trunk_flops(shape, 6 + 5 + 8 + 7) + flops.attention_flops(shape, pairs)
 

@@ -12,8 +12,10 @@ from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan import memory as memory_model
+from anchor_cli.plan import zero
 from anchor_cli.plan.flops import ModelShape
-from anchor_cli.plan.memory import LayerOptions, StateOptions
+from anchor_cli.plan.memory import LayerOptions
+from anchor_cli.plan.zero import StateOptions
 
 WIDE = TINY | {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "head_dim": 24}
 
@@ -59,7 +61,7 @@ def test_liger_saves_no_more_than_it_surely_fuses() -> None:
 
 def test_states_of_zero_2_on_two_gpus_by_hand() -> None:
     parameters = 596_049_920
-    got = memory_model.state_bytes(
+    got = zero.state_bytes(
         ModelShape.from_config(QWEN3_0_6B), StateOptions(2, 4, 4, zero_stage=2, world_size=2, bucket=200_000_000)
     )
     assert got == (2 * parameters, 4 * parameters / 2, 12 * parameters / 2, 2 * 200_000_000 * 4)
@@ -74,14 +76,14 @@ def test_what_each_zero_stage_shares_out(stage: int, want: tuple[int, int, int])
         num_parameters = 10  # type: ignore[assignment]
 
     shape = Ten(1, 1, 1, 1, 1, 1, 1, True, False, False)
-    got = memory_model.state_bytes(shape, StateOptions(zero_stage=stage, world_size=5))[:3]
+    got = zero.state_bytes(shape, StateOptions(zero_stage=stage, world_size=5))[:3]
     assert got == want
 
 
 def test_fp32_keeps_no_second_copy_of_the_weights() -> None:
     shape = ModelShape.from_config(TINY)
     options = StateOptions(4, 4, 4, zero_stage=2, world_size=1)
-    assert memory_model.state_bytes(shape, options)[2] == 8 * shape.num_parameters
+    assert zero.state_bytes(shape, options)[2] == 8 * shape.num_parameters
 
 
 def test_total_is_the_sum_of_the_parts_and_grows_with_tokens_alone() -> None:

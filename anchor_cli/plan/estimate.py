@@ -1,7 +1,7 @@
 """What a run will do, by arithmetic: steps, tokens, memory, time, communication, disk. Nothing is started, no torch.
 
-Every figure is either counted (steps, tokens, FLOPs, bytes of states), modelled (activation memory: memory_model.py),
-or rests on a named assumption, which can be replaced by a measurement (`--mfu`, `--tokens-per-second`, `--probe`).
+Every figure is counted (steps, tokens, FLOPs, bytes of states), modelled (activation memory: plan/memory.py), or rests
+on a named assumption, which can be replaced by a measurement (`--mfu`, `--tokens-per-second`, `--probe`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.data.batches import deal, epoch_order, make_plan
 from anchor_cli.plan import flops
 from anchor_cli.plan import memory as memory_model
-from anchor_cli.plan.budget import choose_budget, expected_kernel, state_options
+from anchor_cli.plan.budget import choose_budget, expected_kernel
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import Gpu
-from anchor_cli.plan.memory import LayerOptions, Memory, StateOptions
+from anchor_cli.plan.memory import LayerOptions, Memory
+from anchor_cli.plan.zero import StateOptions, communication_bytes, state_options
 from anchor_cli.spec import schedule
 from anchor_cli.spec.spec import RunSpec
 
@@ -37,7 +38,7 @@ CHECKPOINT_REST_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Lengths in tokens, [EOS] included. `source`: where they come from, said to the person."""
+    """Lengths in tokens, [EOS] included. `source`: where they come from, as it is printed."""
 
     query_lengths: IntArray  # (R,)
     document_lengths: IntArray  # (R,)
@@ -81,7 +82,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens are texts' own tokens, each counted once; `targets_per_step` are positions with a logit."""
+    """Texts' own tokens, each counted once."""
 
     mean_query: float
     mean_document: float
@@ -93,8 +94,8 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a step is cut on every rank."""
+class MicroBatches:
+    """How a step is divided on every rank."""
 
     token_budget: int
     budget_source: str
@@ -125,12 +126,12 @@ class Disk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `anchor plan` prints; None where nothing can be said."""
+    """What `anchor plan` prints; None where nothing is known."""
 
     parameters: int
     steps: Steps
     tokens: Tokens
-    cut: Cut
+    cut: MicroBatches
     memory: Memory | None
     device_bytes: float | None
     time: Time | None
@@ -219,33 +220,17 @@ def cut_of(
     row_lengths: IntArray,
     steps: Steps,
     liger: bool,
-) -> Cut:
+) -> MicroBatches:
     """Token budget, checkpointing and the number of micro-batches, as the engine will choose them."""
-    budget = choose_budget(
-        spec,
-        shape,
-        options,
-        hardware.memory_bytes if hardware.gpu is not None else None,
-        int(row_lengths.max()),
-        liger=liger,
-    )
+    device_bytes = hardware.memory_bytes if hardware.gpu is not None else None
+    budget = choose_budget(spec, shape, options, device_bytes, int(row_lengths.max()), liger=liger)
     plan = make_plan(
-        row_lengths,
-        seed=spec.seed,
-        global_batch_size=steps.global_batch_size,
-        world_size=hardware.num_gpus,
-        token_budget=budget.tokens,
-        total_steps=steps.total_steps,
-    )
+        row_lengths, seed=spec.seed, global_batch_size=steps.global_batch_size, world_size=hardware.num_gpus,
+        token_budget=budget.tokens, total_steps=steps.total_steps,
+    )  # fmt: skip
     heaviest = heaviest_micro_batch(row_lengths, spec.seed, steps, hardware.num_gpus * plan.num_micro_batches)
-    return Cut(
-        budget.tokens,
-        budget.source,
-        plan.num_micro_batches,
-        heaviest,
-        budget.checkpointing,
-        budget.checkpointing_source,
-    )
+    switch = budget.checkpointing, budget.checkpointing_source
+    return MicroBatches(budget.tokens, budget.source, plan.num_micro_batches, heaviest, *switch)
 
 
 def heaviest_micro_batch(row_lengths: IntArray, seed: int, steps: Steps, num_bins: int) -> int:
@@ -273,7 +258,7 @@ def time_of(
     shape: ModelShape,
     rows: Rows,
     steps: Steps,
-    cut: Cut,
+    cut: MicroBatches,
     hardware: Hardware,
     options: StateOptions,
     throughput: Throughput,
@@ -305,25 +290,6 @@ def time_of(
         model_tflop_per_step=per_step / 1e12,
         basis=basis,
     )
-
-
-def communication_bytes(shape: ModelShape, options: StateOptions, micro_batches: int) -> float:
-    """Bytes one rank sends in a step (ring algorithms; docs/performance.md).
-
-    ZeRO-2 reduces all gradients in *every* micro-batch, stages 0 and 1 once a step. DeepSpeed 0.19 does so by an
-    all-reduce of each bucket (`use_multi_rank_bucket_allreduce`, its default): 2 (N - 1) / N of the gradients leave a
-    rank, twice a reduce-scatter, which stage 3 uses. After the update each rank sends its shard of the new weights on.
-    Stage 3 gathers the weights for both passes, forward and backward, besides.
-    """
-    n, parameters = options.world_size, shape.num_parameters
-    share = (n - 1) / n
-    reductions = micro_batches if options.zero_stage >= 2 else 1
-    factor = 1 if options.zero_stage == 3 else 2
-    sent = reductions * factor * options.communication_bytes * parameters * share
-    if options.zero_stage >= 1:
-        gathers = 1 if options.zero_stage <= 2 else 4 * micro_batches  # two passes, forward and backward
-        sent += gathers * options.bytes_per_value * parameters * share
-    return sent
 
 
 def disk_of(spec: RunSpec, shape: ModelShape, steps: Steps) -> Disk:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step: what the objective needs, what a padded step does. Pure arithmetic.
+"""Floating-point operations of a training step: what the objective needs. Pure arithmetic.
 
 Legend: n = tokens of one text incl. [EOS], h = hidden size, H = query heads, K = key/value heads, d = head size,
 f = MLP width, V = vocabulary rows. One multiply-add is 2 FLOP; only matrix products are counted (norms, softmax,
@@ -135,35 +135,6 @@ def recompute_factor(
     lengths = np.concatenate([np.asarray(query_lengths, np.int64), np.asarray(document_lengths, np.int64)])
     again = forward_flops(shape, lengths) + forward_flops(shape, lengths - 1)
     return 1 + again / objective_flops(shape, query_lengths, document_lengths, num_targets)
-
-
-def padded_flops(
-    shape: ModelShape,
-    query_lengths: Lengths,
-    document_lengths: Lengths,
-    rows_per_batch: int,
-    *,
-    checkpointing: bool = True,
-    square_attention: bool = True,
-) -> int:
-    """FLOPs that padded training does for these pairs, cut in order into batches of `rows_per_batch`.
-
-    Each side is padded to its longest text L; encoding runs over L columns, reconstruction over L - 1, and the output
-    layer over all of those. `checkpointing` recomputes every layer once. `square_attention`: attention with a padding
-    mask computes the whole L x L square (SDPA, eager); False counts only real causal pairs (flash attention unpads).
-    """
-    total = 0
-    passes = 1 + BACKWARD + (1 if checkpointing else 0)
-    for side in (query_lengths, document_lengths):
-        lengths = np.asarray(side, np.int64)
-        for start in range(0, len(lengths), rows_per_batch):
-            batch = lengths[start : start + rows_per_batch]
-            for shorter in (0, 1):  # 0: encode, 1: reconstruct
-                columns = int(batch.max()) - shorter
-                pairs = len(batch) * columns**2 if square_attention else causal_pairs(batch - shorter)
-                total += passes * (trunk_flops(shape, len(batch) * columns) + attention_flops(shape, pairs))
-            total += (1 + BACKWARD) * output_flops(shape, len(batch) * (int(batch.max()) - 1))
-    return total
 
 
 def mfu(flops: float, seconds: float, peak_flops_per_s: float) -> float:

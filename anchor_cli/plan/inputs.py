@@ -89,8 +89,8 @@ def asks_the_hub(spec: RunSpec) -> bool:
 def hardware_of(gpu: str | None, num_gpus: int | None) -> Hardware:
     """The GPUs named, else this machine's, else CPU processes. Raises InputError for an unknown name."""
     if gpu is not None:
-        kind = gpu_named(gpu)
-        return Hardware(kind, num_gpus or 1, kind.memory_gib * 2**30)
+        named = gpu_named(gpu)
+        return Hardware(named, num_gpus or 1, named.memory_gib * 2**30)
     cards = local_gpus()
     if not cards:
         return Hardware(None, num_gpus or 1, None)

@@ -1,11 +1,7 @@
 """Device memory of one rank in training, by part, from the model's shape alone. Pure arithmetic, in bytes.
 
-Legend: P parameters, N ranks, T tokens of a micro-batch (queries + documents), h hidden size, H/K query/key-value
-heads, d head size, f MLP width, V vocabulary rows, b bytes of the compute type (bfloat16 2, float32 4).
-
-States (ZeRO, arXiv 1910.02054, section 3; DeepSpeed 0.19 `stage_1_and_2.py`):
-    weights b P (all ranks; stage 3: / N) · gradients g P / N from stage 2, g P below (g 2, or 4: fp32 accumulation)
-    Adam 8 P / N and, for bfloat16, an fp32 copy of the weights 4 P / N · reduction buckets 2 x bucket x b (overlap)
+Legend: T tokens of a micro-batch (queries + documents), h hidden size, H/K query/key-value heads, d head size, f MLP
+width, V vocabulary rows, b bytes of the compute type (bfloat16 2, float32 4). States and buffers of ZeRO: plan/zero.py.
 
 Activations: what PyTorch's autograd saves in transformers' Qwen3 layer, counted tensor by tensor and checked against
 `torch.autograd.graph.saved_tensors_hooks` (tests/test_memory_model.py). Both passes' graphs are alive at once, because
@@ -18,6 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from anchor_cli.plan.flops import ModelShape
+from anchor_cli.plan.zero import StateOptions, state_bytes
 
 LOGIT_CHUNK_BYTES = 1024 * 2**20  # fp32 logits of a chunk on CUDA: model/output_layer.py CHUNK_BYTES_CUDA
 USABLE_SHARE = 0.90  # assumption: of a card's memory, after allocator slack
@@ -26,19 +23,6 @@ TOKENS_STEP = 1024  # budgets are multiples of this
 EFFICIENT_TOKENS = 8192  # assumption: below this many tokens the matrix units are not full; checkpointing pays
 LARGEST_BUDGET = 65536  # assumption: nothing is gained beyond
 CPU_TOKENS = 8192  # budget of a CPU process
-
-
-@dataclass(frozen=True)
-class StateOptions:
-    """What decides the memory of weights, gradients and optimizer. `bucket` is DeepSpeed's `reduce_bucket_size`."""
-
-    bytes_per_value: int = 2
-    gradient_bytes: int = 2
-    communication_bytes: int = 2
-    zero_stage: int = 2
-    world_size: int = 1
-    bucket: int = 500_000_000
-    offload_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,16 +88,6 @@ def output_layer_bytes(shape: ModelShape, b: int, chunk_bytes: int = LOGIT_CHUNK
     per_logit = 4 if b == 4 else 4 + b
     table = shape.embedding_parameters * (4 if b == 4 else 4 + b)
     return chunk_bytes / 4 * per_logit + table
-
-
-def state_bytes(shape: ModelShape, options: StateOptions) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients, optimizer and reduction buckets on one rank."""
-    parameters, share = shape.num_parameters, shape.num_parameters / options.world_size
-    weights = options.bytes_per_value * (share if options.zero_stage >= 3 else parameters)
-    gradients = options.gradient_bytes * (share if options.zero_stage >= 2 else parameters)
-    optimizer = (8 if options.bytes_per_value == 4 else 12) * (share if options.zero_stage >= 1 else parameters)
-    buckets = 2 * min(options.bucket, parameters) * options.communication_bytes if options.world_size > 1 else 0
-    return weights, gradients, 0 if options.offload_optimizer else optimizer, buckets
 
 
 def training_memory(

@@ -1,4 +1,4 @@
-"""`anchor plan --probe`: the heaviest micro-batch, twice, on the real device; random weights where the real are not here.
+"""`anchor plan --probe`: the heaviest micro-batch, twice, on the real device, with random weights where none are here.
 
 Measures what the arithmetic cannot: the peak of memory and the seconds of a forward and backward pass. The optimizer is
 not run; its state's bytes (of this rank's shard) are added, since they are known exactly.

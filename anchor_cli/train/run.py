@@ -24,8 +24,9 @@ from anchor_cli.data.training_set import contract_for, open_data, prepared_data,
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import apply_liger, compile_layers, liger_fits, load_backbone
 from anchor_cli.model.reconstruction import ReconstructionModel, target_scales
-from anchor_cli.plan.budget import Budget, choose_budget, state_options
+from anchor_cli.plan.budget import Budget, choose_budget
 from anchor_cli.plan.inputs import shape_of
+from anchor_cli.plan.zero import state_options
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec import schedule
