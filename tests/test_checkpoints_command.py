@@ -204,16 +204,16 @@ def test_more_processes_than_gpus_is_said_with_a_remedy(monkeypatch: pytest.Monk
         start_processes()
 
 
-def test_a_panel_whose_terminal_is_gone_does_not_fail_the_run() -> None:
-    from anchor_cli.train.watch import Watch
+def test_a_view_whose_terminal_is_gone_does_not_fail_the_run() -> None:
+    from anchor_cli.train.live import Live
 
     def gone() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    watch = Watch.__new__(Watch)
-    watch._live = SimpleNamespace(stop=gone)  # type: ignore[assignment]
-    watch.close()
-    assert watch._live is None
+    view = Live.__new__(Live)
+    view._progress = SimpleNamespace(stop=gone)  # type: ignore[assignment]
+    view.close()
+    assert view._progress is None
 
 
 def test_a_tracker_that_never_ends_costs_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

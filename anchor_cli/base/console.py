@@ -1,8 +1,9 @@
-"""Words for the person: on stderr, so that stdout stays free for results."""
+"""Messages for the user go to stderr, so that stdout holds results only."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,20 +27,31 @@ _screen: Console | None = None
 
 
 def screen() -> Console:
-    """Where bars and panels are drawn: the terminal itself while stderr goes into a log, else where `say` speaks."""
+    """Where progress is drawn: the terminal itself while stderr is redirected into a log, else stderr."""
     return _screen or console()
 
 
 def draw_on(terminal: IO[str] | None) -> None:
-    """From now on bars and panels are drawn on `terminal`, whatever stderr is; None: on stderr again."""
+    """From now on progress is drawn on `terminal`, wherever stderr leads; None: on stderr again."""
     global _screen
-    from rich.console import Console
+    from rich.console import Console, ConsoleDimensions
 
-    _screen = None if terminal is None else Console(file=terminal, highlight=False, markup=False, emoji=False)
+    class Terminal(Console):
+        """Asks its own file for its size: rich asks descriptors 0 to 2, which are pipes in a worker."""
+
+        @property  # type: ignore[misc]  # rich's has a setter, too, which nobody calls here
+        def size(self) -> ConsoleDimensions:
+            try:
+                columns, lines = os.get_terminal_size(self.file.fileno())
+            except OSError:  # the terminal is gone
+                columns, lines = 0, 0
+            return ConsoleDimensions(self._width or columns or 80, self._height or lines or 25)
+
+    _screen = None if terminal is None else Terminal(file=terminal, highlight=False, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
-    """One plain line for the person."""
+    """One plain line."""
     console().print(line)
 
 

@@ -97,10 +97,10 @@ def _give_signals_back() -> None:
 
 def leave(code: int) -> None:
     """End this process now, its children first: nothing is left behind, and the terminal is as it was."""
-    from anchor_cli.processes.logs import give_back
+    from anchor_cli.processes.logs import restore_output
 
     with contextlib.suppress(OSError):
-        give_back()
+        restore_output()
         sys.stderr.flush()
     for pid in children(os.getpid()):
         kill(pid, signal.SIGKILL)

@@ -22,15 +22,16 @@ from anchor_cli.data.text import load_tokenizer
 from anchor_cli.evaluate.embedder import PackedEmbedder
 from anchor_cli.evaluate.evaluate import evaluate, logged
 from anchor_cli.plan.flops import ModelShape, objective_flops
+from anchor_cli.plan.hardware import gpu_of_device_name
 from anchor_cli.processes.signals import StopFlag, stop_agreed
 from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec.schedule import interval_steps
 from anchor_cli.train import saving as ckpt
 from anchor_cli.train.deepspeed import NonFiniteGradient, StepResult, train_step
 from anchor_cli.train.feed import StepBatches
+from anchor_cli.train.live import Live
 from anchor_cli.train.metrics_log import MetricsLog, start_trackers
 from anchor_cli.train.run import Run, checkpoint_bytes, save
-from anchor_cli.train.watch import Watch
 
 
 class StopAsked(Exception):
@@ -51,7 +52,8 @@ class Training:
         self.tried_step: int | None = self.saved_step
         self.retry_step: int | None = None  # after a save that failed
         self.log: MetricsLog | None = None
-        self.watch = Watch(run, enabled=self.is_first, flag=flag)
+        self.peak_flops = peak_flops(run.ranks.device)
+        self.watch = Live(run, enabled=self.is_first, flag=flag)
         self.benchmarks: list[Benchmark] | None = None
         self.embedder: PackedEmbedder | None = None
         self.evaluating_step = 0
@@ -150,7 +152,7 @@ class Training:
         """A line of metrics.jsonl for step + 1 updates, every logging_steps: losses of this step over all ranks."""
         self.window_tokens += ready.tokens
         self.window_pairs += len(ready.rows)
-        self.window_flops += self.useful_flops(ready) if self.watch.peak_flops else 0
+        self.window_flops += self.useful_flops(ready) if self.peak_flops else 0
         done = step + 1
         if result is None or (done % self.run.spec.logging_steps and done != self.run.last_step):
             return
@@ -173,8 +175,8 @@ class Training:
             names.TOKENS_PER_S: self.window_tokens / seconds,
             names.PEAK_MEMORY_GB: peak_memory_gb(self.run.ranks.device),
         }
-        if self.watch.peak_flops:
-            record[names.MFU] = self.window_flops / (seconds * self.watch.peak_flops * self.run.ranks.world_size)
+        if self.peak_flops:
+            record[names.MFU] = self.window_flops / (seconds * self.peak_flops * self.run.ranks.world_size)
         self.log.write(record)
         self.watch.logged(record)
         self.restart_window()
@@ -339,6 +341,12 @@ class Training:
 
     def restart_window(self) -> None:
         self.window_start, self.window_tokens, self.window_pairs, self.window_flops = time.monotonic(), 0, 0, 0
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOPs of one GPU per second; None on a CPU and for a GPU that is not in the table."""
+    gpu = gpu_of_device_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.bf16_tflops * 1e12 if gpu else None
 
 
 def peak_memory_gb(device: torch.device) -> float:
