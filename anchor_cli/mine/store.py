@@ -1,0 +1,100 @@
+"""What a mining keeps while it works, so that it goes on after any kill: chunks that are whole or absent.
+
+    {out}.mining/
+      plan.json                     what is mined, with what: another plan starts afresh
+      queries.f32, documents.f32    embeddings, float32, one row a text
+      documents-00012.done          the rows of chunk 12 are on the disk
+      negatives-00003.npz           the negatives of the queries of chunk 3
+
+A chunk depends on nothing but the plan: which process makes it, and when, changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anchor_cli.base.files import fsync_folder
+
+Float32Array = npt.NDArray[np.float32]
+_LOOK_EVERY_S = 0.2
+
+
+def chunks_of(num_items: int, size: int) -> list[range]:
+    """Numbers 0 … num_items - 1 in runs of `size`."""
+    return [range(start, min(start + size, num_items)) for start in range(0, num_items, size)]
+
+
+class Store:
+    """The folder of one mining."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def vectors(self, name: str, num_rows: int, dimension: int) -> Float32Array:
+        """(num_rows, dimension) embeddings, memory-mapped, to be written and read."""
+        path, size = self.folder / f"{name}.f32", num_rows * dimension * 4
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, size)
+                if hasattr(os, "posix_fallocate") and size:  # else a full disk is a SIGBUS when the map is written
+                    os.posix_fallocate(descriptor, 0, size)
+        finally:
+            os.close(descriptor)
+        return np.memmap(path, dtype=np.float32, mode="r+", shape=(num_rows, dimension))
+
+    def is_done(self, name: str, chunk: int) -> bool:
+        """Whether the rows of a chunk of vectors are on the disk."""
+        return self._marker(name, chunk).exists()
+
+    def mark_done(self, name: str, chunk: int) -> None:
+        """Flush the file of vectors, then say that a chunk of it is there."""
+        descriptor = os.open(self.folder / f"{name}.f32", os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._marker(name, chunk).touch()
+        fsync_folder(self.folder)
+
+    def _marker(self, name: str, chunk: int) -> Path:
+        return self.folder / f"{name}-{chunk:05d}.done"
+
+    def result(self, chunk: int) -> Path:
+        """The file of a chunk of negatives."""
+        return self.folder / f"negatives-{chunk:05d}.npz"
+
+    def write_result(self, chunk: int, **arrays: npt.NDArray[Any]) -> None:
+        """Write a chunk of negatives: whole under its name, or not there."""
+        partial = self.folder / f".negatives-{chunk:05d}.{os.getpid()}.partial"
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.result(chunk))
+        fsync_folder(self.folder)
+
+
+def share_out(
+    num_chunks: int, is_done: Callable[[int], bool], work: Callable[[int], None], rank: int, world_size: int
+) -> Iterator[int]:
+    """Do this rank's chunks, then wait for the others'. Yields how many of all are done, for a progress bar.
+
+    A chunk falls to one rank by its number. A rank that dies ends the others through their launcher.
+    """
+    for chunk in range(rank, num_chunks, world_size):
+        if not is_done(chunk):
+            work(chunk)
+        yield sum(map(is_done, range(num_chunks)))
+    while (done := sum(map(is_done, range(num_chunks)))) < num_chunks:
+        yield done
+        time.sleep(_LOOK_EVERY_S)
+    yield num_chunks
