@@ -411,6 +411,7 @@ def test_without_a_name_the_best_of_the_last_run_is_taken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("ANCHOR_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(run.parent)
     assert anchor(["export", "--stage2"]) == 2
     assert "no run is remembered" in capsys.readouterr().err
     remember_run(run)
@@ -423,6 +424,7 @@ def test_without_a_name_the_best_of_the_last_run_is_taken(
     for step in (1, 3):
         make_checkpoint(unscored, step, small_model, make_contract(small_model))
     remember_run(unscored)
+    monkeypatch.chdir(tmp_path)
     assert anchor(["export", "--out", str(tmp_path / "x")]) == 0
     assert "checkpoint-3: the newest of the last run, none of which was evaluated" in capsys.readouterr().err
 

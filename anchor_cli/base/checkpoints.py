@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.base.console import say
+from anchor_cli.base.console import say, warn
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.files import sha256_file
-from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10, STEP
+from anchor_cli.base.metric_names import COLLAPSED_FROM, EVAL_AVG_NDCG_10, NEAR_IDENTICAL, STEP, eval_key
 from anchor_cli.base.runs import RunFolder, last_run, read_json_lines, remembered_runs
 
 MANIFEST = "manifest.json"
@@ -68,23 +68,46 @@ def best_checkpoint(run: str | Path) -> Path | None:
     return max(evaluated, key=lambda path: scores[checkpoint_step(path) or 0], default=None)
 
 
-def default_checkpoint(doing: str) -> Path:
-    """The checkpoint that a command takes without a name: the best of the last run, else its newest. Says which.
+def default_checkpoint(doing: str, command: str) -> Path:
+    """The checkpoint that a command takes without a name: the best of the last run that has one, else its newest.
 
-    `doing`: what the caller does with it, such as `exporting`.
+    Says which, with the scores of both and the command for the other, and warns where the best is hardly trained or has
+    collapsed. `doing` and `command`: `exporting`, `anchor export`.
 
     Raises:
-        InputError: there is no run, or it has no checkpoint.
+        InputError: there is no run, or none has a checkpoint.
     """
-    run = last_run()
-    best, newest = best_checkpoint(run), newest_checkpoint(run)
-    if newest is None:
-        raise InputError(f"{run}: the last run has no checkpoint yet", "name a checkpoint or a model folder")
+    run = last_run(list_checkpoints, "checkpoint")
+    best, newest, scores = best_checkpoint(run), list_checkpoints(run)[-1], scores_of(run)
     if best is None:
         say(f"{doing} {newest}: the newest of the last run, none of which was evaluated")
         return newest
-    say(f"{doing} {best}: the best of the last run by {EVAL_AVG_NDCG_10}")
+    step, newest_score = checkpoint_step(best) or 0, scores.get(checkpoint_step(newest) or 0)
+    line = f"{doing} {best}: the best of the last run by {EVAL_AVG_NDCG_10}, {scores[step]:.4f}"
+    if newest == best:
+        say(f"{line}, and the newest")
+    else:
+        has = "was not evaluated" if newest_score is None else f"has {newest_score:.4f}"
+        say(f"{line}; the newest, {newest.name}, {has}: {command} {newest}")
+    for problem in _doubts(run, step, scores, is_newest=newest == best):
+        warn(f"{best.name}: {problem}")
     return best
+
+
+def _doubts(run: Path, step: int, scores: dict[int, float], *, is_newest: bool) -> list[str]:
+    """Why the best checkpoint may be the wrong one to take."""
+    doubts = []
+    trained = [other for other in scores if other > 0]
+    untrained = scores.get(0)
+    if untrained is not None and untrained >= scores[step]:
+        doubts.append(f"the untrained model scored {untrained:.4f}, no less")
+    if step == min(trained, default=step) and len(trained) > 1 and not is_newest:
+        doubts.append("the first evaluation is the best one, so it is hardly trained")
+    if doubts:
+        doubts[-1] += "; before Stage II this score need not be what counts (docs/evaluation.md)"
+    if (alike := scores_of(run, eval_key("avg", NEAR_IDENTICAL)).get(step, 0.0)) > COLLAPSED_FROM:
+        doubts.append(f"{alike:.0%} of the documents have a near-identical other one: its embeddings have collapsed")
+    return doubts
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:

@@ -42,4 +42,6 @@ MEAN_COSINE = "mean_cosine"
 """Of document pairs (anisotropy); 1 is collapse."""
 NEAR_IDENTICAL = "near_identical"
 """Share of documents with another one above cosine 0.999, 0 to 1; 1 is collapse."""
+COLLAPSED_FROM = 0.5
+"""Assumption: above this share of near-identical documents the embeddings have collapsed."""
 HEALTH_KEYS = (ALIGNMENT, UNIFORMITY, MEAN_COSINE, NEAR_IDENTICAL)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -150,18 +153,55 @@ def remember_run(run: str | Path) -> None:
 
 
 def remembered_runs() -> list[Path]:
-    """Runs that are still there, last started first, each once."""
+    """Runs that are still there, each once: first those of this project (`is_here`), and last started first."""
     runs = [Path(line["run"]) for line in read_json_lines(anchor_home() / "runs.jsonl") if "run" in line]
-    return [run for run in dict.fromkeys(reversed(runs)) if run.is_dir()]
+    present = [run for run in dict.fromkeys(reversed(runs)) if run.is_dir()]
+    return sorted(present, key=lambda run: not is_here(run))  # sorted is stable
 
 
-def last_run() -> Path:
-    """The run started last.
+def is_here(place: Path) -> bool:
+    """Whether a place is the current directory, below it, or a folder that the current directory lies in."""
+    try:
+        here = Path.cwd().resolve()
+    except OSError:  # the current directory was removed
+        return False
+    return place.resolve().is_relative_to(here) or here.is_relative_to(place.resolve())
+
+
+def last_run(having: Callable[[Path], object] | None = None, what: str = "") -> Path:
+    """The run of this project that was started last; where it has none, the one started last anywhere.
+
+    `having`: only runs for which it is true count; `what` names it for the message, such as `a checkpoint`.
 
     Raises:
-        InputError: none is remembered.
+        InputError: none is remembered, or none of them has it.
     """
     runs = remembered_runs()
     if not runs:
         raise InputError(f"no run is remembered in {anchor_home()}", "name a folder, or start one with anchor train")
-    return runs[0]
+    run = next((run for run in runs if having is None or having(run)), None)
+    if run is None:
+        others = f", nor has any of the {len(runs) - 1} before it" if len(runs) > 1 else ""
+        raise InputError(f"{runs[0]}: the last run has no {what} yet{others}", "name a folder by its path")
+    if run != runs[0]:
+        say(f"{runs[0]}, the last run, has no {what} yet; the last one that has one is {run}")
+    return run
+
+
+def confirm_outside(place: Path, command: str) -> None:
+    """Ask before writing at or removing a `place` that the user has not named and that is not of this project.
+
+    `command`: what to type to name it.
+
+    Raises:
+        InputError: the answer is no, or there is no terminal to ask on.
+    """
+    if is_here(place):
+        return
+    say(f"{place} is outside the current directory, {Path.cwd()}")
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise InputError(f"{place}: outside the current directory, and not named: left as it is", f"name it: {command}")
+    sys.stderr.write("go on there? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise InputError(f"{place}: left as it is", f"to name it: {command}")

@@ -45,11 +45,14 @@ def checkpoints(
     """
     from anchor_cli.base.checkpoints import list_checkpoints
     from anchor_cli.base.console import print_json, say
+    from anchor_cli.base.runs import confirm_outside
     from anchor_cli.report.checkpoints import run_of, states_of
     from anchor_cli.train.saving import prune, removable
 
     folder = run_of(run)
     if action == Action.prune:
+        if run is None and not dry_run:
+            confirm_outside(folder, f"anchor checkpoints prune {folder}")
         limit = keep or _save_total_limit(folder)
         present = list_checkpoints(folder)
         gone = removable(folder, present, limit, hashes=True) if dry_run else prune(folder, limit, hashes=True)

@@ -39,13 +39,20 @@ def export(
 ) -> None:
     """Write one folder that transformers, sentence-transformers, LLM2Vec and Stage II training load right."""
     from anchor_cli.base.checkpoints import default_checkpoint, find_checkpoint
+    from anchor_cli.base.runs import confirm_outside
     from anchor_cli.export.export import export as write_export
     from anchor_cli.export.push import check_push, push
 
     if push_to_hub is not None:
         check_push(push_to_hub)
+    if checkpoint is None:
+        source = default_checkpoint("exporting", "anchor export")
+    else:
+        source = find_checkpoint(checkpoint)
+    if out is None and not (checkpoint and Path(checkpoint).expanduser().is_dir()):
+        confirm_outside(source, f"anchor export {source}")
     done = write_export(
-        default_checkpoint("exporting") if checkpoint is None else find_checkpoint(checkpoint),
+        source,
         out=out,
         dtype=dtype,
         max_shard_size=max_shard_size,

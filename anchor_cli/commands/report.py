@@ -22,10 +22,15 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's curves, scores and incidents as one HTML page; several runs are overlaid."""
-    from anchor_cli.base.runs import last_run
+    from anchor_cli.base.runs import RunFolder, confirm_outside, last_run, read_json_lines
     from anchor_cli.report.report import find_run, write_report
 
-    folders = [find_run(run) for run in runs] if runs else [last_run()]
+    if runs:
+        folders = [find_run(run) for run in runs]
+    else:
+        folders = [last_run(lambda run: read_json_lines(RunFolder(run).metrics), "logged step")]
+        if out is None:
+            confirm_outside(folders[0], f"anchor report {folders[0]}")
     page = write_report(folders, out)
     if as_json:
         print_json({"report": str(page), "runs": [str(folder) for folder in folders]})

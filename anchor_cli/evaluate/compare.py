@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anchor_cli.base.console import console, warn
-from anchor_cli.base.metric_names import ALIGNMENT, HEALTH_KEYS, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
+from anchor_cli.base.metric_names import ALIGNMENT, COLLAPSED_FROM, HEALTH_KEYS, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
 from anchor_cli.evaluate.evaluate import BenchmarkResult, summary
 from anchor_cli.evaluate.metrics import Interval, bootstrap
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-COLLAPSED_FROM = 0.5
-"""Assumption: above this share of near-identical documents the embeddings have collapsed."""
 _HEALTH_TITLES = {
     ALIGNMENT: "alignment",
     UNIFORMITY: "uniformity",

@@ -45,7 +45,7 @@ def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelP
         InputError: not found, here or on the Hub; ambiguous, half-written, or not a model folder.
     """
     if not names and default:
-        folder = default_checkpoint("evaluating")
+        folder = default_checkpoint("evaluating", "anchor eval")
         return [_checked(str(folder), folder)]
     places = [_place(name) for name in names]
     for index, place in enumerate(places):
