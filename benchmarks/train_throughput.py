@@ -95,8 +95,6 @@ class PackedTrainer:
         if variant.kernel not in ("auto", self.kernel):
             raise RuntimeError(f"kernel {variant.kernel} cannot run here")
         self.model = ReconstructionModel(backbone, kernel=self.kernel)
-        if variant.compile and device.type == "cuda":
-            self.model.output_layer.compile_softmax()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-5, weight_decay=0.0, fused=True)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[PairBatch]:

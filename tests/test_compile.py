@@ -13,7 +13,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.backbone import compile_layers
-from anchor_cli.model.output_layer import OutputLayer, softmax_gradient
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 
@@ -64,37 +63,3 @@ def test_layers_share_their_graphs_whatever_the_lengths(checkpointing: bool) -> 
     for (name, want), got in zip(plain.named_parameters(), traced.parameters(), strict=True):
         assert want.grad is not None and got.grad is not None
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-7, msg=name)
-
-
-def test_softmax_gradient_equals_autograd() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(7, 50, requires_grad=True)
-    targets, weights = torch.randint(50, (7,)), torch.rand(7)
-    want = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    (want * weights).sum().backward()
-    losses, gradient = softmax_gradient(logits.detach(), targets, weights)
-    torch.testing.assert_close(losses, want.detach())
-    torch.testing.assert_close(gradient, logits.grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_output_layer_equals_the_plain_one_with_one_graph(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(300, 16, dtype=dtype))
-    for num_targets in (10, 17, 23):  # chunks of 4 and a rest of 2, 1, 3
-        hidden, targets = torch.randn(num_targets, 16, dtype=dtype), torch.randint(300, (num_targets,))
-        token_weights, found = torch.rand(num_targets), []
-        for fuse in (False, True):
-            layer = OutputLayer(weight, chunk_targets=4)
-            if fuse:
-                layer.compile_softmax(backend="eager")
-            states = hidden.clone().requires_grad_()
-            weight.grad = None
-            loss, each = layer(states, targets, token_weights)
-            loss.backward()
-            assert states.grad is not None and weight.grad is not None
-            found.append((loss.detach(), each, states.grad.float(), weight.grad.float()))
-        loose = 1e-5 if dtype == torch.float32 else 2e-2
-        for want, got in zip(*found, strict=True):
-            torch.testing.assert_close(got, want, rtol=loose, atol=loose)
-    assert counters["stats"]["unique_graphs"] <= 4

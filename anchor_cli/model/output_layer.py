@@ -5,38 +5,23 @@ each chunk's gradients are formed while its logits are at hand (as in Liger Kern
 al. 2024, arXiv 2410.10989), so nothing is recomputed in the backward pass: 6·V·D operations a target, the least there
 can be.
 
+Two forms of one arithmetic: the plain one (a CPU, float64, a host where Triton does not run), in place on fp32 logits;
+and the fused one (CUDA), in place on the logits as the matrix product wrote them (softmax_kernel.py).
+
 Shapes: K targets, D hidden size, V vocabulary, C targets in a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 
-SoftmaxGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-CHUNK_BYTES_CPU = 128 * 2**20  # logits of a chunk; measured on 2 cores: below 32 MB and above 512 MB slower
-CHUNK_BYTES_CUDA = 1024 * 2**20  # assumption: large enough for full matrix-unit efficiency, small beside activations
-
-
-def softmax_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, V) logits -> each target's cross-entropy (C,) fp32, and d(weighted sum) / d(logits) (C, V), logits' dtype.
-
-    For `torch.compile`, which makes two kernels of it that never write fp32 logits. Eagerly the in-place form below has
-    fewer passes and no temporaries (measured on a CPU: 2 to 3 times faster than compiled code, 9 times than this).
-    """
-    precise = logits.float()
-    largest = precise.amax(dim=1, keepdim=True)
-    normaliser = (precise - largest).exp().sum(dim=1, keepdim=True)
-    losses = normaliser.log() + largest - precise.gather(1, targets[:, None])
-    is_target = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
-    share = (precise - largest).exp() / normaliser - is_target.to(precise.dtype)
-    return losses[:, 0], (share * weights[:, None]).to(logits.dtype)
+CHUNK_BYTES = 128 * 2**20  # plain form, fp32 logits; measured on 2 CPU cores: below 32 MB and above 512 MB slower
+CHUNK_BYTES_CUDA = 1024 * 2**20  # plain form on CUDA; assumption: fills the matrix units, small beside activations
+FUSED_CHUNK = 4096  # targets: 1.2 GB of bf16 logits at V = 151,936; unmeasured on a card, benchmarks/gpu compares 2,048
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -50,36 +35,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         token_weights: torch.Tensor,
         chunk: int,
-        fused: SoftmaxGradient | None,
+        fused: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         precise = torch.float32 if hidden.dtype in (torch.bfloat16, torch.float16) else hidden.dtype
+        token_weights = token_weights.to(precise)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        losses = torch.empty(len(hidden), dtype=precise, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if needs_grad else None
-        token_weights = token_weights.to(precise)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            h, t = hidden[part], targets[part, None]
-            if fused is not None and grad_hidden is not None and grad_weight is not None:
-                losses[part], d_logits = fused(h @ weight.T, targets[part], token_weights[part])
-                torch.mm(d_logits, weight, out=grad_hidden[part])
-                grad_weight.add_(d_logits.T @ h)
-                continue
-            logits = (h @ weight.T).to(precise)  # (C, V); softmax statistics and gradients reuse this one buffer
-            largest = logits.amax(dim=1, keepdim=True)
-            at_target = logits.gather(1, t)
-            normaliser = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-            losses[part] = (normaliser.log() + largest - at_target)[:, 0]
-            if grad_hidden is not None and grad_weight is not None:
-                w = token_weights[part, None]
-                logits.mul_(w / normaliser).scatter_add_(1, t, -w)  # d(weighted loss) / d(logits)
-                d_logits = logits.to(hidden.dtype)
-                torch.mm(d_logits, weight, out=grad_hidden[part])
-                if precise == hidden.dtype:
-                    grad_weight.addmm_(d_logits.T, h)
-                else:
-                    grad_weight.add_(d_logits.T @ h)
+        compute = _fused_chunks if fused else _plain_chunks
+        losses = compute(hidden, weight, targets, token_weights, chunk, grad_hidden, grad_weight)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
@@ -91,23 +55,91 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grads[0], grad_weight * grads[0], None, None, None, None  # a 0-d factor keeps their dtype
 
 
+def _plain_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    chunk: int,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """Each target's cross-entropy, (K,); fills grad_hidden and adds to grad_weight where they are asked for."""
+    precise = token_weights.dtype
+    losses = torch.empty(len(hidden), dtype=precise, device=hidden.device)
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        h, t = hidden[part], targets[part, None]
+        logits = (h @ weight.T).to(precise)  # (C, V); softmax statistics and gradients reuse this one buffer
+        largest = logits.amax(dim=1, keepdim=True)
+        at_target = logits.gather(1, t)
+        normaliser = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        losses[part] = (normaliser.log() + largest - at_target)[:, 0]
+        if grad_hidden is not None and grad_weight is not None:
+            w = token_weights[part, None]
+            logits.mul_(w / normaliser).scatter_add_(1, t, -w)  # d(weighted loss) / d(logits)
+            d_logits = logits.to(hidden.dtype)
+            torch.mm(d_logits, weight, out=grad_hidden[part])
+            if precise == hidden.dtype:
+                grad_weight.addmm_(d_logits.T, h)
+            else:
+                grad_weight.add_(d_logits.T @ h)
+            del d_logits
+        del logits  # or this chunk's would live on beside the next one's
+    return losses
+
+
+def _fused_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    chunk: int,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same with one buffer of logits for all chunks, in the hidden states' type."""
+    from anchor_cli.model.softmax_kernel import add_product_, softmax_gradient_
+
+    losses = torch.empty(len(hidden), dtype=token_weights.dtype, device=hidden.device)
+    buffer = hidden.new_empty(min(chunk, len(hidden)), weight.shape[0])
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        h = hidden[part]
+        logits = torch.mm(h, weight.T, out=buffer[: len(h)])
+        losses[part] = softmax_gradient_(logits, targets[part], token_weights[part])  # logits are d_logits from here on
+        if grad_hidden is not None and grad_weight is not None:
+            torch.mm(logits, weight, out=grad_hidden[part])
+            add_product_(grad_weight, logits.T, h)
+    return losses
+
+
 class OutputLayer(nn.Module):
     """The language model's output matrix (V, D), shared with it, with the loss computed where the logits are."""
 
-    def __init__(self, weight: nn.Parameter, chunk_targets: int | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, chunk_targets: int | None = None, fused: bool | None = None) -> None:
+        """`fused`: None takes the fused form on CUDA where it works."""
         super().__init__()
         self.weight = weight
         self.chunk_targets = chunk_targets
-        self.fused: SoftmaxGradient | None = None
+        self.fused = fused
 
-    def compile_softmax(self, backend: str = "inductor") -> None:
-        """Fuse softmax, loss and its gradient by `torch.compile` (for CUDA; fp64 keeps the plain form)."""
-        self.fused = torch.compile(softmax_gradient, dynamic=True, backend=backend)
+    def is_fused(self, hidden: torch.Tensor) -> bool:
+        """Which form these hidden states take."""
+        if hidden.dtype == torch.float64 or self.fused is False:
+            return False
+        return self.fused or (hidden.is_cuda and kernel_works(hidden.device, hidden.dtype))
 
-    def chunk_size(self, device: torch.device) -> int:
-        """C: targets a chunk, so that one chunk of fp32 logits stays within the byte budget of the device."""
-        budget = CHUNK_BYTES_CUDA if device.type == "cuda" else CHUNK_BYTES_CPU
-        return self.chunk_targets or max(1, budget // (4 * self.weight.shape[0]))
+    def chunk_size(self, num_targets: int, device: torch.device, fused: bool) -> int:
+        """C: targets a chunk. The fused form's chunks are alike, in multiples of 128 rows; the plain form's are as
+        many as a byte budget of fp32 logits holds."""
+        if self.chunk_targets:
+            return self.chunk_targets
+        if fused:
+            share = -(-num_targets // max(1, -(-num_targets // FUSED_CHUNK)))
+            return max(1, min(FUSED_CHUNK, -(-share // 128) * 128))
+        budget = CHUNK_BYTES_CUDA if device.type == "cuda" else CHUNK_BYTES
+        return max(1, budget // (4 * self.weight.shape[0]))
 
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor
@@ -119,12 +151,18 @@ class OutputLayer(nn.Module):
         Returns:
             scalar and (K,), fp32 for half-precision models, else the model's own precision.
         """
+        fused = self.is_fused(hidden)
+        chunk = self.chunk_size(len(hidden), hidden.device, fused)
         out: tuple[torch.Tensor, torch.Tensor] = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            self.weight,
-            targets,
-            token_weights,
-            self.chunk_size(hidden.device),
-            None if hidden.dtype == torch.float64 else self.fused,
+            hidden, self.weight, targets, token_weights, chunk, fused
         )
         return out
+
+
+def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused form can run here; says once why not."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from anchor_cli.model.softmax_kernel import works
+
+    return works(device, dtype)

@@ -201,8 +201,6 @@ def build_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, settled: Settled, 
     model.train()
     if spec.torch_compile:
         compile_layers(language_model)
-        if ranks.device.type == "cuda":
-            model.output_layer.compile_softmax()
     watchdog.phase("start-up (engine)", None)
     engine, optimizer = build_engine(model, spec, config, ranks.device)
     feed = Feed(settled.pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
