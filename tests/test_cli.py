@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from anchor_cli import __version__
 from anchor_cli.base import console
@@ -36,7 +38,15 @@ def test_help_groups_commands_and_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([name, "--help"]) == 0
-    assert f"Usage: anchor {name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Usage: anchor {name}" in printed
+    _, examples = printed.split("Examples:\n")
+    assert [" ".join(line.split()) for line in examples.splitlines()] == [*cli.EXAMPLES[name]]
+    command = typer.main.get_command(cli.app).get_command(None, name)  # type: ignore[attr-defined]
+    for line in cli.EXAMPLES[name]:
+        anchor, command_name, *rest = shlex.split(line)
+        assert (anchor, command_name) == ("anchor", name)
+        command.make_context(f"anchor {name}", rest, resilient_parsing=False)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The command line: commands in the order in which they are used, and the one place where failures become words.
+"""The command line: commands in the order in which they are used, and the one place that turns failures into messages.
 
 A command is a plain function `NAME` in `anchor_cli/commands/NAME.py`, with `Annotated` options. Its module imports only
-typer, the standard library and floor 0 at its top, so that `--help` costs nothing.
+typer, the standard library and `anchor_cli/base` at its top, so that `--help` costs nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +43,29 @@ COMMANDS = {
 }
 """Headings of `anchor --help`, the commands below them and what each is for, in a few words."""
 
+EXAMPLES = {
+    "demo": ("anchor demo", "anchor demo --steps 100 --out /tmp/demo"),
+    "doctor": ("anchor doctor", "anchor doctor run.json --gradients"),
+    "init": (
+        "anchor init run.json --data data/pairs",
+        "anchor init small.json --data pairs.jsonl --force",
+    ),
+    "prepare": (
+        "anchor prepare pairs.jsonl --out data/pairs",
+        "anchor prepare 'raw/*.parquet' --out data/pairs --exclude nanobeir",
+    ),
+    "spec": ("anchor spec run.json", "anchor spec run.json --set learning_rate=1e-4 --json"),
+    "plan": ("anchor plan run.json", "anchor plan run.json --gpu h100-nvl --num-gpus 2 --rows 1862922"),
+    "train": ("anchor train run.json", "anchor train run.json --set stop_after_n_steps=2000 --nproc-per-node 2"),
+    "report": ("anchor report", "anchor report output/first output/second --out both.html"),
+    "checkpoints": ("anchor checkpoints list", "anchor checkpoints prune output/first --keep 3 --dry-run"),
+    "verify-resume": ("anchor verify-resume run.json", "anchor verify-resume run.json --steps 20 --nproc-per-node 2"),
+    "replay": ("anchor replay output/first --step 1234", "anchor replay output/first --step 1234 --json"),
+    "eval": ("anchor eval checkpoint-2000", "anchor eval checkpoint-1000 checkpoint-2000 --data ko:data/beir --json"),
+    "export": ("anchor export --stage2", "anchor export checkpoint-2000 --stage2 --out models/kure-stage1"),
+}
+"""Two command lines for the end of each command's `--help`."""
+
 
 class _InOrderOfUse(TyperGroup):
     """Imports only the command that is run, and writes its help in plain text.
@@ -59,7 +82,9 @@ class _InOrderOfUse(TyperGroup):
             return None
         function = name.replace("-", "_")
         only = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        only.command(name)(getattr(importlib.import_module(f"anchor_cli.commands.{function}"), function))
+        only.command(name, epilog=_listed(EXAMPLES[name]))(
+            getattr(importlib.import_module(f"anchor_cli.commands.{function}"), function)
+        )
         return typer.main.get_command(only)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -68,10 +93,16 @@ class _InOrderOfUse(TyperGroup):
                 formatter.write_dl(list(commands.items()))
 
 
+def _listed(examples: Sequence[str]) -> str:
+    """An epilog whose lines stay lines: a paragraph that starts with \\b is not filled."""
+    return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in examples)])
+
+
 app = typer.Typer(
     name="anchor",
     cls=_InOrderOfUse,
-    help="Train text-embedding language models with Stage I of Anchor Embedding (arXiv 2509.03020).",
+    help="Train text-embedding language models with Stage I of Anchor Embedding (arXiv 2509.03020). Made for KURE, "
+    "a Korean and English retrieval model, and usable for any pairs.",
     epilog="Exit codes: 0 done, 1 failed while running, 2 wrong usage, spec or input, 75 stopped after saving. "
     "ANCHOR_DEBUG=1 shows tracebacks.",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from anchor_cli.commands.cli import COMMANDS, app
+from anchor_cli.commands.cli import COMMANDS, EXAMPLES, app
 
 PAGE = "docs/reference/cli.md"
 COMPLETION = (
@@ -54,7 +54,7 @@ def page() -> str:
         for name in names:
             lines += ["", *_command(name, group.get_command(None, name))]
     lines += ["", "## Completion and environment", "", COMPLETION, "", "| | |", "|---|---|"]
-    lines += [f"| {_cell(names)} | {_cell(said)} |" for names, said in ENVIRONMENT.items()]
+    lines += [f"| {_cell(names)} | {_cell(meaning)} |" for names, meaning in ENVIRONMENT.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -72,12 +72,12 @@ def _command(name: str, command: Any) -> list[str]:
     if arguments or options:
         lines += ["", "| | |", "|---|---|"]
     for param in arguments:
-        lines.append(f"| `{_metavar(param)}` | {_said(param)} |")
+        lines.append(f"| `{_metavar(param)}` | {_meaning(param)} |")
     for param in options:
         value = "" if param.is_flag else f" {_value(param)}"
         spelled = ", ".join(f"`{word}{value}`" for word in [*param.opts, *param.secondary_opts])
-        lines.append(f"| {_cell(spelled)} | {_said(param)} |")
-    return lines
+        lines.append(f"| {_cell(spelled)} | {_meaning(param)} |")
+    return [*lines, "", "```bash", *EXAMPLES[name], "```"]
 
 
 def _spaced(paragraphs: list[str]) -> list[str]:
@@ -104,14 +104,14 @@ def _kind(param: Any) -> str:
     )
 
 
-def _said(param: Any) -> str:
-    said = " ".join(str(param.help or "").split())
+def _meaning(param: Any) -> str:
+    meaning = " ".join(str(param.help or "").split())
     default = param.default
     if param.required and param.param_type_name == "option":
-        return _cell(f"{said} Required.")
-    if default is None or isinstance(default, bool) or default in ((), []) or callable(default) or "efault" in said:
-        return _cell(said)
-    return _cell(f"{said} Default: `{default}`.")
+        return _cell(f"{meaning} Required.")
+    if default is None or isinstance(default, bool) or default in ((), []) or callable(default) or "efault" in meaning:
+        return _cell(meaning)
+    return _cell(f"{meaning} Default: `{default}`.")
 
 
 def _cell(text: str) -> str:
