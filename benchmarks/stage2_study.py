@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from anchor_cli.data.batches import epoch_order, make_plan
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.text import load_tokenizer
 from anchor_cli.demo.demo import INSTRUCTIONS, Recipe, make_model
 from anchor_cli.demo.world import make_world, write_world
@@ -112,9 +112,7 @@ def world_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Be
         folder / "prepared",
         tokenizer=folder / "model",
         max_seq_length=settings.max_seq_length,
-        query_column="anchor",
-        document_column="positive",
-        language_column="language",
+        options=Options(query_column="anchor", document_column="positive", language_column="language"),
         training_instructions=INSTRUCTIONS,
     )
     names = [f"{path.name.rpartition('-')[2]}:{path}" for path in beir]
@@ -147,8 +145,7 @@ def pairs_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Be
         folder / "prepared",
         tokenizer=folder / "model",
         max_seq_length=settings.max_seq_length,
-        query_column="anchor",
-        document_column="positive",
+        options=Options(query_column="anchor", document_column="positive"),
     )
     return Bench(folder / "model", PreparedPairs.open(folder / "prepared"), [benchmark])
 

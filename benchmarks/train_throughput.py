@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from padded_baseline import INSTRUCTION, TEMPLATE, PaddedTrainer, Row, read_rows  # noqa: E402
 from padded_flops import padded_flops  # noqa: E402
 
-from anchor_cli.data.batches import deal  # noqa: E402
+from anchor_cli.data.batches import fill_bins  # noqa: E402
 from anchor_cli.data.text import TextEncoder, TokenisedText, load_tokenizer  # noqa: E402
 from anchor_cli.model.attention import choose_kernel  # noqa: E402
 from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone  # noqa: E402
@@ -98,13 +98,13 @@ class PackedTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-5, weight_decay=0.0, fused=True)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[PairBatch]:
-        """The rows dealt out to the fewest micro-batches within the budget, as `data/batches.py` does for a run."""
+        """The rows divided among the fewest micro-batches within the budget, as `data/batches.py` does for a run."""
         lengths = np.array([[len(q.ids) + len(d.ids) for q, d in pairs]])
         count = max(1, -(-int(lengths.sum()) // self.budget))
-        bins, loads = deal(lengths, count)
+        bins, loads = fill_bins(lengths, count)
         while loads.max() > self.budget and count < len(pairs):
             count += 1
-            bins, loads = deal(lengths, count)
+            bins, loads = fill_bins(lengths, count)
         return [self._pack([p for p, b in zip(pairs, bins[0], strict=True) if b == index]) for index in range(count)]
 
     @staticmethod

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from anchor_cli.data.benchmarks.beir import Benchmark, read_beir
 from anchor_cli.data.prepare.leaks import Leak, LeakIndex, words_of
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 
 __all__ = ["tokenizer_folder"]
 LONG = "the river otter eats fish and frogs and lives in a den near the water all year round"  # 17 words
@@ -103,7 +103,9 @@ def test_prepare_leaves_leaks_out_and_counts_them(tmp_path: Path, tokenizer_fold
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"query": q, "document": d}) + "\n" for q, d in rows))
-    summary = prepare([str(path)], tmp_path / "out", tokenizer=tokenizer_folder, exclude=[str(folder)])
+    summary = prepare(
+        [str(path)], tmp_path / "out", tokenizer=tokenizer_folder, options=Options(exclude=(str(folder),))
+    )
     found = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(line["row"], line["reason"], line["side"], line["benchmark"]) for line in found] == [
         (0, "leak_query", "query", "ko/otters"),  # half of its queries are Korean
@@ -112,7 +114,12 @@ def test_prepare_leaves_leaks_out_and_counts_them(tmp_path: Path, tokenizer_fold
     ]
     assert summary.as_dict()["rejected"] == {"leak_query": 1, "leak_document": 1, "leak_ngram": 1}
     assert not (tmp_path / "out" / "scratch").exists()
-    short = prepare([str(path)], tmp_path / "two", tokenizer=tokenizer_folder, exclude=[str(folder)], exclude_ngram=99)
+    short = prepare(
+        [str(path)],
+        tmp_path / "two",
+        tokenizer=tokenizer_folder,
+        options=Options(exclude=(str(folder),), exclude_ngram=99),
+    )
     assert short.as_dict()["rejected"] == {"leak_query": 1, "leak_document": 1}
 
 

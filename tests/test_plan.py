@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchor_cli.base.errors import InputError
-from anchor_cli.data.batches import deal, epoch_order, make_plan
+from anchor_cli.data.batches import epoch_order, fill_bins, make_plan
 from anchor_cli.spec.schedule import steps_per_epoch, total_steps
 
 
@@ -49,14 +49,14 @@ def test_every_step_holds_its_rows_once_within_the_budget(
         seen: list[int] = []
         for s in range(plan.steps_per_epoch):
             step = plan.step(epoch * plan.steps_per_epoch + s)
-            dealt = [row for rank in step.micro_batches for micro in rank for row in micro]
+            placed = [row for rank in step.micro_batches for micro in rank for row in micro]
             want = epoch_order(len(lengths), seed, epoch)[s * global_batch : (s + 1) * global_batch]
-            assert step.epoch == epoch and sorted(dealt) == sorted(want.tolist())
+            assert step.epoch == epoch and sorted(placed) == sorted(want.tolist())
             assert [len(rank) for rank in step.micro_batches] == [plan.num_micro_batches] * world
             for rank in step.micro_batches:
                 for micro in rank:
                     assert 0 < row_lengths[micro].sum() <= budget
-            seen += dealt
+            seen += placed
         assert len(set(seen)) == len(seen) == plan.steps_per_epoch * global_batch
 
 
@@ -66,7 +66,7 @@ def test_the_number_of_micro_batches_is_the_smallest_that_fits() -> None:
     options = {"seed": 1, "global_batch_size": 64, "world_size": 2, "total_steps": 2 * 62}
     plan = make_plan(row_lengths, token_budget=6000, **options)
     steps = [row_lengths[plan.rows_of(s)] for s in range(plan.total_steps)]
-    fits = [max(loads.max() for _, loads in (deal(s[None], 2 * n) for s in steps)) <= 6000 for n in range(1, 33)]
+    fits = [max(loads.max() for _, loads in (fill_bins(s[None], 2 * n) for s in steps)) <= 6000 for n in range(1, 33)]
     assert plan.num_micro_batches == 1 + fits.index(True)
 
 
@@ -86,7 +86,7 @@ def test_loads_are_within_the_bound_of_longest_first_dealing() -> None:
     rng = np.random.default_rng(5)
     lengths = rng.lognormal(5.5, 0.6, (200, 128)).astype(np.int64) + 20
     for bins in (2, 4, 8):
-        _, loads = deal(lengths, bins)
+        _, loads = fill_bins(lengths, bins)
         best = np.maximum(lengths.sum(1) / bins, lengths.max(1))
         assert (loads.max(1) <= (4 / 3 - 1 / (3 * bins)) * best + 1).all()
         assert (loads.max(1) / loads.mean(1)).mean() < 1.01  # and nearly equal in practice

@@ -25,7 +25,7 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.prepare import prepare as prepare_module
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 
 __all__ = ["tokenizer_folder"]
 REPOSITORY = Path(__file__).parents[1]
@@ -115,8 +115,7 @@ def test_fuzz_ids_decode_to_the_text_that_went_in(
             tokenizer=tokenizer_folder,
             max_seq_length=max_seq_length,
             training_instructions=training,
-            query_column=names[0],
-            document_column=names[1],
+            options=Options(query_column=names[0], document_column=names[1]),
         )
     except InputError as error:
         assert "no row is left" in error.message
@@ -291,7 +290,7 @@ def test_a_live_run_is_not_disturbed_and_an_old_one_is_cleared(
     prepare([str(source)], tmp_path / "out", tokenizer=tokenizer_folder)
     said = capsys.readouterr().err
     assert ".out.partial-4194305: left by a run that was stopped; removed, starting over" in said
-    assert f"{other}: begun by process 4194305 of node7; let alone" in said
+    assert f"{other}: begun by process 4194305 of node7; left untouched" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out", "rows.jsonl"]
     with pytest.raises(InputError, match="exists already"):
         prepare([str(source)], tmp_path / "out", tokenizer=tokenizer_folder)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.prepare.checks import REASONS, Seen, canonical, row_language, text_fault
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.prepare.summary import PrepareSummary
 
 __all__ = ["tokenizer_folder"]
@@ -66,7 +66,9 @@ DEFECTS: list[tuple[bytes, str | None, str | None]] = [
 def defects(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, PrepareSummary]:
     folder = tmp_path_factory.mktemp("defects")
     (folder / "pairs.jsonl").write_bytes(b"\n".join(line for line, _, _ in DEFECTS) + b"\n")
-    summary = prepare([str(folder / "pairs.jsonl")], folder / "out", tokenizer=tokenizer_folder, max_characters=100)
+    summary = prepare(
+        [str(folder / "pairs.jsonl")], folder / "out", tokenizer=tokenizer_folder, options=Options(max_characters=100)
+    )
     return folder / "out", summary
 
 
@@ -206,7 +208,7 @@ def test_near_duplicates_only_when_asked(tmp_path: Path, tokenizer_folder: Path)
     path.write_text("".join(json.dumps({"query": q, "document": d}) + "\n" for q, d in rows))
     prepare([str(path)], tmp_path / "plain", tokenizer=tokenizer_folder)
     assert rejected(tmp_path / "plain") == []
-    prepare([str(path)], tmp_path / "near", tokenizer=tokenizer_folder, near_duplicates=True)
+    prepare([str(path)], tmp_path / "near", tokenizer=tokenizer_folder, options=Options(near_duplicates=True))
     assert rejected(tmp_path / "near") == [(1, "near_duplicate", None)]
 
 

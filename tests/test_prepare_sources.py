@@ -20,11 +20,11 @@ from data_fixtures import AWKWARD, needs_shared, tokenizer_folder
 
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.sources import files as source_files
 from anchor_cli.data.sources import sources
 from anchor_cli.data.sources.files import Columns, Limits, read_parts
-from anchor_cli.data.sources.sources import Asked, choose_columns
+from anchor_cli.data.sources.sources import SourceOptions, choose_columns
 
 __all__ = ["tokenizer_folder"]
 ROWS = [{"query": f"{text.strip()} {index}?", "document": f"{text}\n{index}"} for index, text in enumerate(AWKWARD * 3)]
@@ -146,7 +146,9 @@ def test_a_hub_data_set_is_streamed(
         return datasets.IterableDataset.from_generator(lambda: iter(ROWS))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    got = prepare(["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder, split="dev", subset="ko")
+    got = prepare(
+        ["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder, options=Options(split="dev", subset="ko")
+    )
     assert got.fingerprint == want
     assert set(asked) == {("org/pairs", "ko", "dev", True)}
     assert "reading split dev from the Hub" in capsys.readouterr().err
@@ -192,7 +194,7 @@ def test_weights_take_the_scarcest_source_whole(tmp_path: Path, tokenizer_folder
     many = [{"query": f"many {index}", "document": f"text {index}"} for index in range(100)]
     few = [{"query": f"few {index}", "document": f"text {index}"} for index in range(10)]
     both = [made(many, "rows.jsonl", tmp_path), made(few, "rows.csv", tmp_path)]
-    summary = prepare(both, tmp_path / "out", tokenizer=tokenizer_folder, weights=(3, 1))
+    summary = prepare(both, tmp_path / "out", tokenizer=tokenizer_folder, options=Options(weights=(3, 1)))
     pairs = PreparedPairs.open(tmp_path / "out")
     queries = [pairs.texts(row)[0].split() for row in range(pairs.num_rows)]
     assert [name for name, _ in queries] == ["many"] * 30 + ["few"] * 10  # 3 : 1 with ten of the second
@@ -200,7 +202,7 @@ def test_weights_take_the_scarcest_source_whole(tmp_path: Path, tokenizer_folder
     assert max(b - a for a, b in zip(spread, spread[1:], strict=False)) <= 4  # evenly: every 3rd or 4th
     assert (summary.tally.num_in, summary.tally.num_left_out) == (40, 70)
     with pytest.raises(InputError, match="3 weights for 2 sources"):
-        prepare(both, tmp_path / "no", tokenizer=tokenizer_folder, weights=(1, 1, 1))
+        prepare(both, tmp_path / "no", tokenizer=tokenizer_folder, options=Options(weights=(1, 1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +224,9 @@ def test_columns_are_guessed_only_when_unambiguous(
 ) -> None:
     if isinstance(want, str):
         with pytest.raises(InputError, match=want):
-            choose_columns(names, "file", Asked(**asked))
+            choose_columns(names, "file", SourceOptions(**asked))
         return
-    assert choose_columns(names, "file", Asked(**asked)) == Columns(*want)
+    assert choose_columns(names, "file", SourceOptions(**asked)) == Columns(*want)
     said = capsys.readouterr().err
     assert ("guessed" in said) == (len(asked) < 2)
 
@@ -321,7 +323,9 @@ def test_a_dict_of_splits_wants_one_named(tmp_path: Path, tokenizer_folder: Path
     datasets.DatasetDict(two).save_to_disk(str(tmp_path / "dict"))
     with pytest.raises(InputError, match="which split: dev, test"):
         prepare([str(tmp_path / "dict")], tmp_path / "out", tokenizer=tokenizer_folder)
-    summary = prepare([str(tmp_path / "dict")], tmp_path / "out", tokenizer=tokenizer_folder, split="dev")
+    summary = prepare(
+        [str(tmp_path / "dict")], tmp_path / "out", tokenizer=tokenizer_folder, options=Options(split="dev")
+    )
     assert summary.tally.num_in == 3
 
 
@@ -333,10 +337,15 @@ def test_a_split_that_changes_nothing_is_refused(
         for form in ("rows.jsonl", "disk", "folder"):
             with pytest.raises(InputError, match=f"--{option} dev: .*{form}: no {option}s there"):
                 parts: dict[str, Any] = {option: "dev"}
-                prepare([made(ROWS, form, tmp_path / option)], tmp_path / "out", tokenizer=tokenizer_folder, **parts)
+                prepare(
+                    [made(ROWS, form, tmp_path / option)],
+                    tmp_path / "out",
+                    tokenizer=tokenizer_folder,
+                    options=Options(**parts),
+                )
     capsys.readouterr()
     both = [made(ROWS, "dict", tmp_path), str(tmp_path / "split" / "folder")]
-    summary = prepare(both, tmp_path / "out", tokenizer=tokenizer_folder, split="test")
+    summary = prepare(both, tmp_path / "out", tokenizer=tokenizer_folder, options=Options(split="test"))
     assert summary.tally.num_in == 2 + len(ROWS)
     said = capsys.readouterr().err
     assert f"{both[1]}: reading 3 files: a.jsonl, b.jsonl, empty.jsonl" in said
@@ -382,7 +391,7 @@ def test_the_first_rows_of_a_hub_set_name_its_columns(monkeypatch: pytest.Monkey
         "open",
         lambda self: datasets.IterableDataset.from_generator(generate),  # knows no columns
     )
-    source = sources.open_source("org/pairs", Asked())
+    source = sources.open_source("org/pairs", SourceOptions())
     assert source.files[0].columns == Columns("query", "document")
     assert source.rows_hint is None
     assert source.count_rows(Limits()) == len(ROWS)

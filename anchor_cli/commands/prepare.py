@@ -74,6 +74,7 @@ def prepare(
             raise InputError(f"{NANOBEIR} stands alone, found also {sources[1]}")
         _snapshot(out, as_json)
         return
+    from anchor_cli.data.prepare.prepare import Options
     from anchor_cli.data.prepare.prepare import prepare as prepare_pairs
     from anchor_cli.data.prepare.summary import print_summary
 
@@ -83,16 +84,18 @@ def prepare(
         out,
         **contract,
         num_proc=num_proc or len(os.sched_getaffinity(0)),
-        query_column=query_column,
-        document_column=document_column,
-        language_column=language_column,
-        split=split,
-        subset=subset,
-        weights=_weights(weights),
-        exclude=exclude or (),
-        exclude_ngram=exclude_ngram,
-        near_duplicates=near_duplicates,
-        max_characters=max_characters,
+        options=Options(
+            query_column=query_column,
+            document_column=document_column,
+            language_column=language_column,
+            split=split,
+            subset=subset,
+            weights=_weights(weights),
+            exclude=tuple(exclude or ()),
+            exclude_ngram=exclude_ngram,
+            near_duplicates=near_duplicates,
+            max_characters=max_characters,
+        ),
     )
     print_summary(summary, contract["max_seq_length"], console())
     if as_json:
@@ -139,18 +142,18 @@ def _contract_options(
 
 def _instructions(given: list[str]) -> dict[str, str]:
     """`ko=…` by language; a text without `LANG=` is for every language not named."""
-    found = {}
+    instructions = {}
     for text in given:
         language, equals, rest = text.partition("=")
         if equals and 2 <= len(language) <= 3 and language.isascii() and language.isalpha():
-            found[language] = rest
+            instructions[language] = rest
         else:
-            found["*"] = text
-    return found
+            instructions["*"] = text
+    return instructions
 
 
-def _weights(given: str | None) -> list[float]:
+def _weights(given: str | None) -> tuple[float, ...]:
     try:
-        return [float(weight) for weight in given.split(",")] if given else []
+        return tuple(float(weight) for weight in given.split(",")) if given else ()
     except ValueError:
         raise InputError(f"--weights {given}: expected numbers, such as 2,1") from None

@@ -3,8 +3,8 @@
 The order of rows is a function of (row count, seed, epoch, global batch G) alone: step s of an epoch takes rows
 [sG, (s+1)G) of that epoch's shuffle. So a resumed run needs one integer, and the number of GPUs changes nothing.
 
-Each step's G rows are dealt out to `world_size × num_micro_batches` bins, longest row first, each to the lightest bin
-(Graham 1969, "LPT": the heaviest bin is at most 4/3 of the best possible). Every rank therefore runs the same number
+Each step's G rows go into `world_size × num_micro_batches` bins, longest row first, each into the lightest bin (Graham
+1969, "LPT": the heaviest bin is at most 4/3 of the best possible). Every rank therefore runs the same number
 of micro-batches in every step of the run (ZeRO-2 reduces at each backward), of nearly equal token counts, and the
 number is the smallest for which every bin of every step stays within the token budget.
 
@@ -25,7 +25,7 @@ from anchor_cli.spec.schedule import steps_per_epoch
 
 IntArray = npt.NDArray[np.int64]
 
-_STEPS_AT_ONCE = 4096  # steps dealt out together when the plan is checked: bounds memory (measured: benchmarks/scaling)
+_STEPS_AT_ONCE = 4096  # steps of one call when the plan is checked: bounds memory (measured: benchmarks/scaling)
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> IntArray:
@@ -33,8 +33,8 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> IntArray:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def deal(lengths: npt.NDArray[np.integer], num_bins: int) -> tuple[IntArray, IntArray]:
-    """Deal the rows of many steps out to bins, longest first, each to the lightest bin (ties: the lowest bin).
+def fill_bins(lengths: npt.NDArray[np.integer], num_bins: int) -> tuple[IntArray, IntArray]:
+    """The bin of every row of many steps: longest first, each into the lightest bin (ties: the lowest bin).
 
     Args:
         lengths: (S, G) tokens of each row.
@@ -94,7 +94,7 @@ class BatchPlan:
         """The micro-batches of a step, for all ranks. Within a micro-batch rows keep the shuffle's order."""
         rows = self.rows_of(step)
         num_bins = self.world_size * self.num_micro_batches
-        bins, loads = deal(self.row_lengths[rows][None].astype(np.int64), num_bins)
+        bins, loads = fill_bins(self.row_lengths[rows][None].astype(np.int64), num_bins)
         # Bins that run at the same time on different ranks are neighbours in weight, so that no rank waits long.
         by_load = np.argsort(-loads[0], kind="stable")
         micro_batches = tuple(
@@ -148,7 +148,7 @@ def make_plan(
         worst = 0
         for epoch in range(math.ceil(total_steps / steps_per_epoch(num_rows, global_batch_size))):
             for lengths in _epoch_lengths(row_lengths, seed, epoch, global_batch_size):
-                worst = max(worst, int(deal(lengths, world_size * count)[1].max()))
+                worst = max(worst, int(fill_bins(lengths, world_size * count)[1].max()))
                 if worst > token_budget:
                     return worst
         return worst
@@ -158,7 +158,7 @@ def make_plan(
         count += 1
         if count > global_batch_size // world_size:
             raise InputError(
-                f"max_tokens_per_micro_batch {token_budget} is too small to deal {global_batch_size} rows out to"
+                f"max_tokens_per_micro_batch {token_budget} is too small to divide {global_batch_size} rows among"
                 f" {world_size} processes",
                 hint=f"set max_tokens_per_micro_batch to {worst} or more",
             )

@@ -50,6 +50,13 @@ class _Ids(NamedTuple):
         return self.values[self.offsets[index] : self.offsets[index + 1]].copy()
 
 
+def _column(name: str, what: str) -> cached_property[Int32Array]:
+    """A column of numbers that is read when it is first asked for."""
+    column: cached_property[Int32Array] = cached_property(lambda pairs: pairs.column(name))
+    column.__doc__ = f"(R,) {what}."
+    return column
+
+
 class PreparedPairs:
     """The rows of a prepared folder. Nothing is read before it is asked for; lengths are read once, ids row by row."""
 
@@ -69,6 +76,13 @@ class PreparedPairs:
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])  # (batches + 1,)
         self.num_rows = int(self._first_rows[-1])
         self._ids: dict[int, tuple[_Ids, _Ids]] = {}
+
+    query_lengths = _column("query_length", "tokens, [EOS] included")
+    document_lengths = _column("document_length", "tokens, [EOS] included")
+    query_content_starts = _column("query_content_start", "index of the first content token")
+    document_content_starts = _column("document_content_start", "index of the first content token")
+    query_inner_eos = _column("query_inner_eos", "[EOS] ids before the closing one")
+    document_inner_eos = _column("document_inner_eos", "[EOS] ids before the closing one")
 
     @classmethod
     def open(cls, folder: str | Path) -> PreparedPairs:
@@ -100,10 +114,10 @@ class PreparedPairs:
         Raises:
             InputError: names the first difference; the hint says how to make the right data.
         """
-        found = [line for line in differences(self.contract, want) if line.split(":")[0] not in NOT_OF_THE_ROWS]
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            message = f"{self.folder}: prepared otherwise than this run needs: {found[0]}{more}"
+        differing = [line for line in differences(self.contract, want) if line.split(":")[0] not in NOT_OF_THE_ROWS]
+        if differing:
+            more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+            message = f"{self.folder}: prepared otherwise than this run needs: {differing[0]}{more}"
             raise InputError(message, _remedy(self.folder))
 
     def tokens(self, rows: npt.ArrayLike) -> tuple[list[Int32Array], list[Int32Array]]:
@@ -135,37 +149,8 @@ class PreparedPairs:
         index = row - int(self._first_rows[batch])
         return [self._batches[batch].column(name)[index].as_py() for name in names]
 
-    @cached_property
-    def query_lengths(self) -> Int32Array:
-        """(R,) tokens, [EOS] included."""
-        return self._column("query_length")
-
-    @cached_property
-    def document_lengths(self) -> Int32Array:
-        """(R,) tokens, [EOS] included."""
-        return self._column("document_length")
-
-    @cached_property
-    def query_content_starts(self) -> Int32Array:
-        """(R,) index of the first content token."""
-        return self._column("query_content_start")
-
-    @cached_property
-    def document_content_starts(self) -> Int32Array:
-        """(R,) index of the first content token."""
-        return self._column("document_content_start")
-
-    @cached_property
-    def query_inner_eos(self) -> Int32Array:
-        """(R,) [EOS] ids before the closing one."""
-        return self._column("query_inner_eos")
-
-    @cached_property
-    def document_inner_eos(self) -> Int32Array:
-        """(R,) [EOS] ids before the closing one."""
-        return self._column("document_inner_eos")
-
-    def _column(self, name: str) -> Int32Array:
+    def column(self, name: str) -> Int32Array:
+        """(R,) one of `NUMBER_COLUMNS`, read from the files."""
         values = np.empty(self.num_rows, dtype=np.int32)
         for first, batch in zip(self._first_rows[:-1].tolist(), self._batches, strict=True):
             values[first : first + batch.num_rows] = _int32(batch.column(name))

@@ -1,9 +1,8 @@
 """Texts become token ids: the record form, the template, the tokenizer, truncation and the content mask.
 
-Design §2. One text is `{instruction}; {content}` (or `{content}`), stripped, put into the template and tokenised
-*once, whole*, so BPE merges cross the boundary between instruction and content. Content tokens are those whose
-character offsets overlap the content. Normalisation is the tokenizer's own; Qwen3's is Unicode NFC, so ids decode to
-the NFC form of the text.
+One text is `{instruction}; {content}` (or `{content}`), stripped, put into the template and tokenised *once, whole*, so
+BPE merges cross the boundary between instruction and content. Content tokens are those whose character offsets overlap
+the content. Normalisation is the tokenizer's own; Qwen3's is Unicode NFC, so ids decode to the NFC form of the text.
 
 Shapes: n tokens of one text, [EOS] included.
 """

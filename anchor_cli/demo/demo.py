@@ -24,7 +24,7 @@ from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.base.errors import InputError, RunError, Stopped
 from anchor_cli.base.files import write_json
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.demo.tokenizer import train_small_tokenizer, write_small_tokenizer
 from anchor_cli.demo.world import make_world, vocabulary, write_world
 from anchor_cli.evaluate.embedder import load_embedder
@@ -104,9 +104,7 @@ def run_demo(folder: Path, recipe: Recipe, *, export: bool = True) -> Outcome:
             folder / "prepared",
             tokenizer=folder / "model",
             max_seq_length=recipe.max_seq_length,
-            query_column="anchor",
-            document_column="positive",
-            language_column="language",
+            options=Options(query_column="anchor", document_column="positive", language_column="language"),
             instructions=INSTRUCTIONS,
             training_instructions=INSTRUCTIONS,
         )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from anchor_cli.base.checkpoints import checkpoint_bytes
 from anchor_cli.base.errors import InputError
-from anchor_cli.data.batches import deal, epoch_order, make_plan
+from anchor_cli.data.batches import epoch_order, fill_bins, make_plan
 from anchor_cli.plan import flops
 from anchor_cli.plan import memory as memory_model
 from anchor_cli.plan.budget import choose_budget, expected_kernel
@@ -237,7 +237,7 @@ def heaviest_micro_batch(row_lengths: IntArray, seed: int, steps: Steps, num_bin
     """Tokens of the heaviest micro-batch of the first epoch: what sets the peak. At most the budget."""
     order = epoch_order(len(row_lengths), seed, 0)[: steps.steps_per_epoch * steps.global_batch_size]
     lengths = row_lengths[order].astype(np.int64).reshape(-1, steps.global_batch_size)
-    return max(int(deal(block, num_bins)[1].max()) for block in np.array_split(lengths, -(-len(lengths) // 4096)))
+    return max(int(fill_bins(block, num_bins)[1].max()) for block in np.array_split(lengths, -(-len(lengths) // 4096)))
 
 
 def tokens_of(rows: Rows, steps: Steps) -> Tokens:

@@ -153,9 +153,9 @@ def _prepared(spec: RunSpec, folder: Path) -> Rows:
 
 def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
     """Tokenise an evenly spread sample of the raw source as `anchor prepare` would, and draw all rows from it."""
-    from anchor_cli.data.prepare.rows import RowMaker, Share, Task, Work
+    from anchor_cli.data.prepare.rows import EvenSample, RowMaker, Task, Work
     from anchor_cli.data.sources.files import Limits
-    from anchor_cli.data.sources.sources import Asked, open_source
+    from anchor_cli.data.sources.sources import SourceOptions, open_source
     from anchor_cli.data.training_set import contract_for
 
     try:
@@ -164,10 +164,10 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
         if num_rows is not None:
             return assumed_rows(num_rows, spec)
         raise InputError(error.message, "raw data need the model's tokenizer; or pass --rows N") from error
-    limits, source = Limits(), open_source(spec.dataset_file_path, Asked())
+    limits, source = Limits(), open_source(spec.dataset_file_path, SourceOptions())
     about = source.rows_hint or source.count_rows(limits)  # for the spread of the sample; `first` ends as the count
     make = RowMaker(Work(spec.model_name_or_path, contract, limits, None, False))
-    share, first, lengths, cut, targets = Share(min(SAMPLE_ROWS, about), about), 0, [], 0, 0
+    share, first, lengths, cut, targets = EvenSample(min(SAMPLE_ROWS, about), about), 0, [], 0, 0
     for file in source.files:
         for part in file.parts(limits):
             made = make(Task(part, file.columns, share, first))

@@ -6,7 +6,7 @@
     nanobeir:en/NanoNQ          one subset; also en:NanoNQ, and NanoNQ for both languages
     DIR, ko:DIR                 a BEIR folder, a folder of the layout of a NanoBEIR data set (every subset; with
                                 DIR/NanoNQ one), or a snapshot (everything in it); `ko:` sets the language, which
-                                otherwise Hangul tells
+                                otherwise is decided by the share of Hangul
     ORG/NAME, de:ORG/NAME/NanoNQ  another NanoBEIR data set of the Hub
 
 With the environment variable ANCHOR_NANOBEIR=DIR, `nanobeir…` is read from the snapshot DIR instead of the Hub.
@@ -56,16 +56,16 @@ def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
         RunError: the Hub cannot be reached.
     """
     parts = [(spec, part) for spec in specs or DEFAULT_DATA for part in parts_of(spec)]
-    found: dict[str, tuple[str, Benchmark]] = {}
+    loaded: dict[str, tuple[str, Benchmark]] = {}
     for spec, read in parts:
         benchmark = read()
-        if benchmark.name in found:
+        if benchmark.name in loaded:
             raise InputError(
-                f"--data {spec}: {benchmark.name} is given already, by --data {found[benchmark.name][0]}",
-                "name each set once; a LANG: in front, or another folder name, tells two apart",
+                f"--data {spec}: {benchmark.name} is given already, by --data {loaded[benchmark.name][0]}",
+                "name each set once; a LANG: in front, or another folder name, distinguishes two",
             )
-        found[benchmark.name] = spec, benchmark
-    return [benchmark for _, benchmark in found.values()]
+        loaded[benchmark.name] = spec, benchmark
+    return [benchmark for _, benchmark in loaded.values()]
 
 
 def is_hub_set(place: str) -> bool:

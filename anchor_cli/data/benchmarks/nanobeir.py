@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def subset_named(name: str, known: Iterable[str] = SUBSETS) -> str:
     """
     known = list(known)
     plain = name.lower().removeprefix("nano")
-    found = [subset for subset in known if subset.lower().removeprefix("nano") == plain]
-    if not found:
-        near = nearest(name, known) or nearest("Nano" + name, known)
-        hint = f"did you mean {near}?" if near else None
-        raise InputError(f"NanoBEIR subset {name!r}: not one of {', '.join(known)}", hint)
-    return found[0]
+    for subset in known:
+        if subset.lower().removeprefix("nano") == plain:
+            return subset
+    near = nearest(name, known) or nearest("Nano" + name, known)
+    hint = f"did you mean {near}?" if near else None
+    raise InputError(f"NanoBEIR subset {name!r}: not one of {', '.join(known)}", hint)
 
 
 def is_nano_folder(folder: Path) -> bool:
@@ -117,9 +118,9 @@ def _rows(source: str, config: str, split: str) -> Iterator[Row]:
     elif not files:
         present = sorted(path.name for path in (folder / config).glob("*") if _is_data(path))
         near = nearest(split, [name.split(".")[0].split("-")[0] for name in present])
-        found = f"found {', '.join(present[:20]) or 'nothing'}"
         raise InputError(
-            f"{folder / config}: no {split}.jsonl and no {split}.parquet; {found}", near and f"did you mean {near}?"
+            f"{folder / config}: no {split}.jsonl and no {split}.parquet; found {', '.join(present[:20]) or 'nothing'}",
+            near and f"did you mean {near}?",
         )
     for file in files:
         yield from read_jsonl(file) if file.suffix == ".jsonl" else _parquet_rows(file)
@@ -147,34 +148,28 @@ def _hub_rows(source: str, config: str, split: str) -> Iterator[Row]:
         yield f"{source} {config}/{split}: row {number}", row
 
 
-class _hub:  # noqa: N801 - a context manager that reads like a function
-    """Says what failed at the Hub, in one line; without a network the libraries' retries (24 s) are skipped."""
+@contextmanager
+def _hub(source: str, what: str) -> Iterator[None]:
+    """Loading from the Hub: failures become one line; if it cannot be reached, without the libraries' retries (24 s).
 
-    def __init__(self, source: str, what: str) -> None:
-        self.source, self.what = source, what
-        self.saved: tuple[bool, bool] | None = None
+    Raises:
+        InputError: no such configuration or split. RunError: the Hub cannot be reached and the cache has no copy.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
 
-    def __enter__(self) -> None:
-        if Path(self.source).is_dir() or revision_of(self.source) is not None:
-            return
-        import datasets
-        import huggingface_hub.constants as hub
-
-        self.saved = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    saved = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    if not Path(source).is_dir() and revision_of(source) is None:
         datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.saved is not None:
-            import datasets
-            import huggingface_hub.constants as hub
-
-            datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = self.saved
-        if isinstance(error, Exception):
-            message = f"{self.source} {self.what}: could not be loaded: {first_line(error)}"
-            if isinstance(error, ValueError):  # no such configuration or split
-                raise InputError(message) from error
-            remedy = "with a network: anchor prepare nanobeir --out DIR; then here: --data DIR, or ANCHOR_NANOBEIR=DIR"
-            raise RunError(message, remedy) from error
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{source} {what}: could not be loaded: {first_line(error)}") from error
+    except Exception as error:
+        remedy = "with a network: anchor prepare nanobeir --out DIR; then here: --data DIR, or ANCHOR_NANOBEIR=DIR"
+        raise RunError(f"{source} {what}: could not be loaded: {first_line(error)}", remedy) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = saved
 
 
 def snapshot_nanobeir(
@@ -196,8 +191,8 @@ def snapshot_nanobeir(
     if unknown := [language for language, _ in wanted if language not in chosen]:
         raise InputError(f"NanoBEIR language {unknown[0]!r}: expected one of {', '.join(chosen)}")
     manifest: dict[str, Any] = {"format": 1, "sources": {}, "sets": {}}
-    told = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
-    with told, staged_folder(out) as staged, progress("NanoBEIR", len(wanted), "sets") as bar:
+    disk_errors = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
+    with disk_errors, staged_folder(out) as staged, progress("NanoBEIR", len(wanted), "sets") as bar:
         for language, subset in wanted:
             source = chosen[language]
             if language not in manifest["sources"]:

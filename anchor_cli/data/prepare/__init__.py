@@ -1,1 +1,1 @@
-"""`anchor prepare`: raw pairs checked, tokenised and written."""
+"""`anchor prepare`. It starts processes of its own (`workers`), which tokenise and know nothing of ranks."""

@@ -73,7 +73,7 @@ def canonical(text: str) -> str:
 
 
 def row_language(given: Any, query: str, document: str) -> str | None:
-    """The language column's value, else told from the script of the query (of the document if it has no letter).
+    """The language column's value, else decided by the script of the query (of the document if it has no letter).
 
     None for a value that is no text: half of a surrogate pair, or a byte that is not UTF-8.
     """
@@ -86,8 +86,8 @@ def row_language(given: Any, query: str, document: str) -> str | None:
 
 def pair_key(query: str, document: str) -> int:
     """64 bits of BLAKE2b over both texts; 0xFF, which UTF-8 never contains, keeps them apart."""
-    told = query.encode() + b"\xff" + document.encode()
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+    both = query.encode() + b"\xff" + document.encode()
+    return int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little")
 
 
 class Seen:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from tokenizers import Tokenizer
 
 from anchor_cli import __version__
 from anchor_cli.base.console import progress, say
@@ -40,12 +41,12 @@ from anchor_cli.data.prepare.checks import Seen
 from anchor_cli.data.prepare.leaks import NGRAM_WORDS, LeakIndex
 from anchor_cli.data.prepare.near import BANDS, require_library
 from anchor_cli.data.prepare.page import write_html
-from anchor_cli.data.prepare.rows import Prepared, Rejected, Share, Task, Work
+from anchor_cli.data.prepare.rows import EvenSample, Prepared, Rejected, Task, Work
 from anchor_cli.data.prepare.shards import ShardWriter
 from anchor_cli.data.prepare.summary import PrepareSummary, Tally
 from anchor_cli.data.prepare.workers import in_order
 from anchor_cli.data.sources.files import Limits
-from anchor_cli.data.sources.sources import Asked, Source, open_source, require_parts
+from anchor_cli.data.sources.sources import Source, SourceOptions, check_split_options, open_source
 from anchor_cli.data.text import TextEncoder, contract_with, load_tokenizer
 
 REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
@@ -53,19 +54,23 @@ _SMALL_ROWS, _SMALL_BYTES = 3000, 1 << 20  # less is done before another process
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SourceOptions):
     """What is asked of `prepare` beside sources, place and contract."""
 
-    query_column: str | None = None
-    document_column: str | None = None
-    language_column: str | None = None
-    split: str | None = None
-    subset: str | None = None
     weights: tuple[float, ...] = ()
+    """Rows by weight, one a source: the source with the fewest rows for its weight is taken whole."""
     exclude: tuple[str, ...] = ()
+    """Benchmarks, as for `anchor eval --data`, whose texts must not be trained on."""
     exclude_ngram: int = NGRAM_WORDS
+    """Words in a row that count as a leak."""
     near_duplicates: bool = False
+    """Leave out nearly equal pairs too."""
     max_characters: int = 1_000_000
+    """Of a text; longer ones are rejected."""
+
+    def as_given(self) -> dict[str, Any]:
+        """Those that are set, for the manifest."""
+        return {key: value for key, value in vars(self).items() if key != "reported" and value not in (None, (), False)}
 
 
 def prepare(
@@ -78,16 +83,7 @@ def prepare(
     instructions: dict[str, str] | None = None,
     training_instructions: dict[str, str] | None = None,
     num_proc: int = 1,
-    query_column: str | None = None,
-    document_column: str | None = None,
-    language_column: str | None = None,
-    split: str | None = None,
-    subset: str | None = None,
-    weights: Sequence[float] = (),
-    exclude: Sequence[str] = (),
-    exclude_ngram: int = NGRAM_WORDS,
-    near_duplicates: bool = False,
-    max_characters: int = 1_000_000,
+    options: Options | None = None,
 ) -> PrepareSummary:
     """Prepare `sources` into the new folder `out`.
 
@@ -99,40 +95,28 @@ def prepare(
         instructions: query instruction by language, for evaluation; goes into the contract.
         training_instructions: instruction of a row's query by language, `*` for every other language.
         num_proc: worker processes; changes the speed only.
-        query_column, document_column, language_column: guessed and said aloud when not given.
-        split, subset: part of a DatasetDict or of a Hub data set.
-        weights: rows by weight, one a source: the source with the fewest rows for its weight is taken whole.
-        exclude: benchmarks, as for `anchor eval --data`, whose texts must not be trained on.
-        exclude_ngram: words in a row that count as a leak.
-        near_duplicates: leave out nearly equal pairs too.
-        max_characters: of a text; longer ones are rejected.
 
     Raises:
         InputError: sources, columns, template or instructions are not right, or no row is left.
         RunError: a worker process died, the disk is full, or the Hub cannot be reached.
     """
-    options = Options(
-        query_column, document_column, language_column, split, subset, tuple(weights), tuple(exclude), exclude_ngram,
-        near_duplicates, max_characters,
-    )  # fmt: skip
-    out = Path(out)
-    started = time.monotonic()
+    options, out, started = options or Options(), Path(out), time.monotonic()
     _clear_unfinished(out)
     contract = _contract(
-        tokenizer,
+        load_tokenizer(tokenizer),
         max_seq_length=max_seq_length,
         text_template=text_template,
         instructions=instructions or {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN},
         training_instructions=training_instructions or {"*": INSTRUCTION_KO},
     )
-    if near_duplicates:
+    if options.near_duplicates:
         require_library()
-    told = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
-    with told, staged_folder(out) as staged:
+    disk_errors = words_for_disk_errors(out, remedy="make room, or choose another place with --out")
+    with disk_errors, staged_folder(out) as staged:
         scratch = staged / "scratch"
         scratch.mkdir()
         leaks = _leak_folder(options, scratch)
-        work = Work(str(tokenizer), contract, Limits(max_characters), leaks, near_duplicates)
+        work = Work(str(tokenizer), contract, Limits(options.max_characters), leaks, options.near_duplicates)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
     summary.seconds = time.monotonic() - started
     return summary
@@ -141,16 +125,15 @@ def prepare(
 def _write_all(
     specs: list[str], staged: Path, scratch: Path, work: Work, options: Options, num_proc: int, out: Path
 ) -> PrepareSummary:
-    asked = Asked(options.query_column, options.document_column, options.language_column, options.split, options.subset)
-    sources = [open_source(spec, asked) for spec in specs]
-    require_parts(specs, asked)
-    _languages_can_be_told(sources, work.contract)
-    shares = _shares(sources, options.weights, work.limits)
-    hints = [share.wanted if share else source.rows_hint for source, share in zip(sources, shares, strict=True)]
+    sources = [open_source(spec, options) for spec in specs]
+    check_split_options(specs, options)
+    _require_language_columns(sources, work.contract)
+    samples = _samples_by_weight(sources, options.weights, work.limits)
+    hints = [sample.wanted if sample else source.rows_hint for source, sample in zip(sources, samples, strict=True)]
     total = None if None in hints else sum(hint for hint in hints if hint is not None)
     keeper = _Keeper(staged, scratch, near=options.near_duplicates)
     names: deque[str] = deque()
-    tasks = _tasks(sources, shares, work.limits, names)
+    tasks = _tasks(sources, samples, work.limits, names)
     small = sum(source.num_bytes or _SMALL_BYTES for source in sources) < _SMALL_BYTES
     small = small if total is None else total < _SMALL_ROWS
     with progress("prepare", total, "rows") as bar:
@@ -218,7 +201,7 @@ class _Keeper:
             "num_rows": tally.num_kept,
             "contract": work.contract.model_dump(),
             "sources": [_source_entry(source) for source in sources],
-            "options": {key: value for key, value in vars(options).items() if value not in (None, (), False)},
+            "options": options.as_given(),
             "counts": tally.as_dict(),
             "files": files,
         }
@@ -256,32 +239,19 @@ def _source_entry(source: Source) -> dict[str, Any]:
     return {"source": source.spec, "fingerprint": source.fingerprint, "files": files}
 
 
-def _contract(
-    tokenizer: str | Path,
-    *,
-    max_seq_length: int,
-    text_template: str,
-    instructions: dict[str, str],
-    training_instructions: dict[str, str],
-) -> TextContract:
-    loaded = load_tokenizer(tokenizer)
-    encoder = TextEncoder(loaded, text_template, max_seq_length)
-    for language, instruction in training_instructions.items():
+def _contract(tokenizer: Tokenizer, **values: Any) -> TextContract:
+    contract = contract_with(tokenizer, **values)
+    encoder = TextEncoder(tokenizer, contract.text_template, contract.max_seq_length)
+    for language, instruction in contract.training_instructions.items():
         if encoder.try_encode_batch(["a"], instruction or None)[0] is None:
             raise InputError(
-                f"instruction {language!r} and template leave no room for content in {max_seq_length} tokens",
+                f"instruction {language!r} and template leave no room for content in {contract.max_seq_length} tokens",
                 "raise --max-seq-length or shorten the instruction",
             )
-    return contract_with(
-        loaded,
-        text_template=text_template,
-        instructions=instructions,
-        training_instructions=training_instructions,
-        max_seq_length=max_seq_length,
-    )
+    return contract
 
 
-def _languages_can_be_told(sources: list[Source], contract: TextContract) -> None:
+def _require_language_columns(sources: list[Source], contract: TextContract) -> None:
     """Hangul tells Korean from English; other languages need a column."""
     others = sorted(set(contract.training_instructions) - {"*", "ko", "en"})
     for source in sources:
@@ -289,33 +259,37 @@ def _languages_can_be_told(sources: list[Source], contract: TextContract) -> Non
             if others and file.columns.language is None:
                 raise InputError(
                     f"{file.name}: instructions for {', '.join(others)}, but no language column; "
-                    "only ko and en are told from the script",
-                    "say --language-column NAME",
+                    "only ko and en are decided by the script",
+                    "name it with --language-column NAME",
                 )
 
 
-def _shares(sources: list[Source], weights: Sequence[float], limits: Limits) -> list[Share | None]:
+def _samples_by_weight(sources: list[Source], weights: Sequence[float], limits: Limits) -> list[EvenSample | None]:
+    """Which rows of each source are taken; None: all."""
     if not weights:
         return [None] * len(sources)
     if len(weights) != len(sources) or min(weights) <= 0:
         raise InputError(f"--weights: {len(weights)} weights for {len(sources)} sources, expected one above 0 for each")
     sizes = [source.count_rows(limits) for source in sources]
     unit = min(size / weight for size, weight in zip(sizes, weights, strict=True))
-    shares: list[Share | None] = []
+    samples: list[EvenSample | None] = []
     for source, size, weight in zip(sources, sizes, weights, strict=True):
-        shares.append(Share(min(round(unit * weight), size), size) if size else None)
-        say(f"{source.spec}: {min(round(unit * weight), size):,} of {size:,} rows by weight {weight:g}")
-    return shares
+        wanted = min(round(unit * weight), size)
+        samples.append(EvenSample(wanted, size) if size else None)
+        say(f"{source.spec}: {wanted:,} of {size:,} rows by weight {weight:g}")
+    return samples
 
 
-def _tasks(sources: list[Source], shares: list[Share | None], limits: Limits, names: deque[str]) -> Iterator[Task]:
+def _tasks(
+    sources: list[Source], samples: list[EvenSample | None], limits: Limits, names: deque[str]
+) -> Iterator[Task]:
     """Every part of every file, in order; the file's name goes to `names` at the same time."""
-    for source, share in zip(sources, shares, strict=True):
+    for source, sample in zip(sources, samples, strict=True):
         first = 0
         for file in source.files:
             for part in file.parts(limits):
                 names.append(file.name)
-                yield Task(part, file.columns, share, first)
+                yield Task(part, file.columns, sample, first)
                 first += part.num_rows
 
 
@@ -332,7 +306,7 @@ def _leak_folder(options: Options, scratch: Path) -> Path | None:
 def _clear_unfinished(out: Path) -> None:
     """Remove what an earlier, killed run of this host left beside `out`; refuse to work beside a live one.
 
-    On a shared disk another host's is let alone: whether it lives cannot be seen from here.
+    On a shared disk that of another host stays: whether its process is alive cannot be seen from here.
     """
     for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*")):
         host, process = writer_of(left) or ("", 0)
@@ -343,4 +317,4 @@ def _clear_unfinished(out: Path) -> None:
             remedy = f"stop it, or remove {left} if that is another program"
             raise InputError(f"{out}: process {process} is preparing it", remedy)
         elif host:
-            say(f"{left}: begun by process {process} of {host}; let alone, remove it if that is not running")
+            say(f"{left}: begun by process {process} of {host}; left untouched, delete it if that process is gone")

@@ -21,7 +21,7 @@ from anchor_cli.base.contract import TextContract
 from anchor_cli.data.prepare.checks import canonical, pair_key, row_language, text_fault
 from anchor_cli.data.prepare.leaks import LeakIndex
 from anchor_cli.data.prepare.shards import SCHEMA
-from anchor_cli.data.sources.files import Columns, Fault, Limits, Part, Row
+from anchor_cli.data.sources.files import Columns, Fault, Limits, Part, RawPair
 from anchor_cli.data.text import Int32Array, TextEncoder, TokenisedText, load_tokenizer
 
 _ENCODE_CHARACTERS = 1 << 18  # an encoding takes some hundred bytes a character while it lives
@@ -30,7 +30,7 @@ _ENCODE_TEXTS = 128
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to know, once."""
+    """What every worker process gets once."""
 
     tokenizer: str
     contract: TextContract
@@ -40,7 +40,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Share:
+class EvenSample:
     """Take `wanted` of `available` rows, evenly spread: the weight of a source."""
 
     wanted: int
@@ -57,7 +57,7 @@ class Task:
 
     part: Part
     columns: Columns
-    share: Share | None
+    sample: EvenSample | None
     first_in_source: int
 
 
@@ -121,12 +121,12 @@ class RowMaker:
         pairs: list[_Pair] = []
         num_in = num_left_out = 0
         for row, item, query, document, language in self._items(task):
-            if task.share is not None and not task.share.takes(task.first_in_source + row - task.part.first_row):
+            if task.sample is not None and not task.sample.takes(task.first_in_source + row - task.part.first_row):
                 num_left_out += 1
                 continue
             num_in += 1
-            found = self._check(row, item, query, document, language, escaped=task.part.kind == "rows")
-            (rejected if isinstance(found, Rejected) else pairs).append(found)  # type: ignore[arg-type]
+            checked = self._check(row, item, query, document, language, escaped=task.part.kind == "rows")
+            (rejected if isinstance(checked, Rejected) else pairs).append(checked)  # type: ignore[arg-type]
         return self._prepared(num_in, num_left_out, rejected, pairs)
 
     def _items(self, task: Task) -> Iterator[tuple[int, int | None, Any, Any, Any]]:
@@ -242,7 +242,7 @@ def _ids_column(texts: list[TokenisedText], lengths: Int32Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def _rows_of(part: Part, columns: Columns) -> Iterator[tuple[int, Row]]:
+def _rows_of(part: Part, columns: Columns) -> Iterator[tuple[int, RawPair]]:
     if part.kind == "rows":
         yield from enumerate(part.data, part.first_row)
     elif part.kind == "lines":
@@ -258,18 +258,14 @@ def _rows_of(part: Part, columns: Columns) -> Iterator[tuple[int, Row]]:
         yield from enumerate(zip(*texts, languages, strict=True), part.first_row)
 
 
-def _json_row(line: bytes, columns: Columns) -> Row:
+def _json_row(line: bytes, columns: Columns) -> RawPair:
     text = _decoded(line)
     if isinstance(text, Fault):
         return text, text, text
     try:
-        found = json.loads(text)
+        return columns.of(json.loads(text))
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
         return (Fault("unreadable"),) * 3
-    language = found.get(columns.language) if columns.language else None
-    return found.get(columns.query), found.get(columns.document), language
 
 
 def _decoded(data: bytes) -> str | Fault:
@@ -285,11 +281,11 @@ def _decoded(data: bytes) -> str | Fault:
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
     try:
-        found: list[Any] = column.to_pylist()
+        values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # Arrow does not look at the bytes of a string column when it reads a file
         chunk = column.combine_chunks()
         if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
             return [None if row is None else _values(pa.chunked_array([row.values])) for row in chunk]
         binary = pa.large_binary() if pa.types.is_large_string(chunk.type) else pa.binary()
-        found = chunk.cast(binary).to_pylist()
-    return [_decoded(value) if isinstance(value, bytes) else value for value in found]
+        values = chunk.cast(binary).to_pylist()
+    return [_decoded(value) if isinstance(value, bytes) else value for value in values]

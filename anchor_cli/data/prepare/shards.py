@@ -1,7 +1,7 @@
 """Rows to a `datasets.save_to_disk` folder, byte for byte the same for the same rows.
 
 Record batches and files are cut by rows and bytes of the rows themselves, so neither the number of processes nor the
-chunks rows arrive in can be told from the result. Memory: one record batch (32 MiB, or its one row when larger).
+chunks that rows arrive in change the result. Memory: one record batch (32 MiB, or its one row when larger).
 """
 
 from __future__ import annotations
@@ -103,9 +103,8 @@ class ShardWriter:
             name = f"data-{index:05d}-of-{len(self._files):05d}.arrow"
             file.path.rename(self._folder / name)
             files.append({"name": name, "bytes": file.num_bytes, "sha256": file.sha256})
-        told = json.dumps([fingerprint_of, [file["sha256"] for file in files]])
-        fingerprint = hashlib.sha256(told.encode()).hexdigest()
-        return files, fingerprint
+        hashed = json.dumps([fingerprint_of, [file["sha256"] for file in files]])
+        return files, hashlib.sha256(hashed.encode()).hexdigest()
 
     def _write_full_batches(self, last: bool = False) -> None:
         if not self._pending:

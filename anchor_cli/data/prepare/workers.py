@@ -63,14 +63,14 @@ _maker: Callable[[Task], Prepared]
 
 def _start_worker(work: Work, parent: int) -> None:
     global _maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     pa.set_cpu_count(1)
     _maker = RowMaker(work)
 
 
 def _end_with(parent: int) -> None:
-    """A killed parent would leave its workers waiting for ever."""
+    """End this worker when its parent was killed, and cannot end it."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -59,6 +59,12 @@ class Columns:
     def names(self) -> list[str]:
         return [name for name in (self.query, self.document, self.language) if name is not None]
 
+    def of(self, row: Any) -> RawPair:
+        """(query, document, language) of an object; faults for anything else."""
+        if not isinstance(row, dict):
+            return (Fault("unreadable"),) * 3
+        return row.get(self.query), row.get(self.document), row.get(self.language) if self.language else None
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -78,7 +84,7 @@ class Part:
     num_rows: int
 
 
-Row = tuple[Any, Any, Any]
+RawPair = tuple[Any, Any, Any]
 """(query, document, language) as the file has them, or `Fault`s."""
 
 
@@ -109,7 +115,7 @@ def read_parts(path: Path, columns: Columns, limits: Limits) -> Iterator[Part]:
             yield from _line_parts(file, limits)
     elif kind == "json":
         with opened(path) as file:
-            yield from row_parts(_pick(_array_items(file, path), columns), limits)
+            yield from row_parts(map(columns.of, _array_items(file, path)), limits)
     elif kind in ("csv", "tsv"):
         with opened(path) as file:
             yield from row_parts(_csv_pairs(csv_rows(file, path, limits.quoted_characters), columns), limits)
@@ -118,7 +124,7 @@ def read_parts(path: Path, columns: Columns, limits: Limits) -> Iterator[Part]:
             yield from table_parts(batches, columns)
 
 
-def row_parts(rows: Iterable[Row], limits: Limits) -> Iterator[Part]:
+def row_parts(rows: Iterable[RawPair], limits: Limits) -> Iterator[Part]:
     """Rows in lists of about a megabyte; a value beyond the limit is dropped here already."""
     first, held, characters = 0, [], 0
     for row in rows:
@@ -182,7 +188,7 @@ def _line_parts(file: IO[bytes], limits: Limits) -> Iterator[Part]:
         yield Part("lines", bytes(held), row, 1)
 
 
-def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[Row]:
+def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[RawPair]:
     header = next(rows, [])
     at = [header.index(name) for name in columns.names]
     for row in rows:
@@ -190,15 +196,6 @@ def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[Row]:
             yield (Fault("unreadable"),) * 3
         else:
             yield tuple([*(row[index] for index in at), None][:3])  # type: ignore[misc]
-
-
-def _pick(items: Iterable[Any], columns: Columns) -> Iterator[Row]:
-    for item in items:
-        if isinstance(item, dict):
-            language = item.get(columns.language) if columns.language else None
-            yield item.get(columns.query), item.get(columns.document), language
-        else:
-            yield (Fault("unreadable"),) * 3
 
 
 def _is_array(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What one pass over the bytes of a source's files tells: their SHA-256, and how many rows there are about."""
+"""One pass over the bytes of a source's files: their SHA-256, and about how many rows they hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anchor_cli.data.sources.file_bytes import opened
 _LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 
 
-def look_at(paths: list[Path]) -> tuple[str, int | None]:
+def digest_and_rows(paths: list[Path]) -> tuple[str, int | None]:
     """(SHA-256 over the files' bytes, rows or None), in one pass over the bytes."""
     digest = hashlib.sha256()
     counts: list[int | None] = []

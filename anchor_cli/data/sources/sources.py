@@ -21,8 +21,8 @@ from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
 from anchor_cli.base.hub import revision_of
 from anchor_cli.data.sources.file_bytes import format_of
-from anchor_cli.data.sources.files import Columns, Limits, Part, Row, column_names, read_parts, row_parts
-from anchor_cli.data.sources.sizes import look_at
+from anchor_cli.data.sources.files import Columns, Limits, Part, RawPair, column_names, read_parts, row_parts
+from anchor_cli.data.sources.sizes import digest_and_rows
 
 QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
 DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
@@ -76,7 +76,7 @@ class HubSet:
             message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {first_line(error)}"
             raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
 
-    def rows(self, columns: Columns) -> Iterator[Row]:
+    def rows(self, columns: Columns) -> Iterator[RawPair]:
         """(query, document, language) of every row, as the Hub gives them. Raises RunError when it stops giving."""
         rows, number = iter(self.open()), 0
         while True:
@@ -88,8 +88,7 @@ class HubSet:
                 message = f"{self.identifier}: the Hub stopped giving after row {number}: {first_line(error)}"
                 raise RunError(message, "run the same command again; it starts over") from None
             number += 1
-            language = row.get(columns.language) if columns.language else None
-            yield row.get(columns.query), row.get(columns.document), language
+            yield columns.of(row)
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user said about all sources; None is guessed, and said aloud."""
+class SourceOptions:
+    """Options that apply to all sources; columns that are None are guessed, and reported."""
 
     query_column: str | None = None
     document_column: str | None = None
     language_column: str | None = None
     split: str | None = None
     subset: str | None = None
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+    """Guesses that were printed already."""
 
 
-def open_source(spec: str, asked: Asked) -> Source:
+def open_source(spec: str, options: SourceOptions) -> Source:
     """Find out what `spec` means, read its columns and fingerprint.
 
     Raises:
@@ -130,9 +130,9 @@ def open_source(spec: str, asked: Asked) -> Source:
         RunError: it can only be of the Hub, which cannot be reached.
     """
     if is_hub_id(spec):
-        return _hub_source(spec, asked)
+        return _hub_source(spec, options)
     place = Path(spec).expanduser()
-    paths = _folder_files(place, asked.split) if place.is_dir() else matching_files(spec)
+    paths = _folder_files(place, options.split) if place.is_dir() else matching_files(spec)
     files = []
     for path in paths:
         if format_of(path) is None:
@@ -142,8 +142,8 @@ def open_source(spec: str, asked: Asked) -> Source:
         if not names and len(paths) > 1:
             say(f"{path}: empty, passed over")
             continue
-        files.append(PairFile(str(path), choose_columns(names, str(path), asked), path))
-    fingerprint, rows_hint = look_at(paths)
+        files.append(PairFile(str(path), choose_columns(names, str(path), options), path))
+    fingerprint, rows_hint = digest_and_rows(paths)
     return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
 
 
@@ -160,13 +160,13 @@ def matching_files(spec: str) -> list[Path]:
         return [place]
     if not glob.has_magic(spec):
         raise InputError(f"{spec}: no such file or folder", _near_file(place))
-    paths = [Path(found) for found in sorted(glob.glob(str(place), recursive=True)) if Path(found).is_file()]
+    paths = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
     if not paths:
         raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")
     return paths
 
 
-def require_parts(specs: Sequence[str], asked: Asked) -> None:
+def check_split_options(specs: Sequence[str], options: SourceOptions) -> None:
     """Refuse a `--split` or `--subset` that no source has; say which of several is read whole.
 
     Raises:
@@ -174,7 +174,7 @@ def require_parts(specs: Sequence[str], asked: Asked) -> None:
     """
     hub = [spec for spec in specs if is_hub_id(spec)]
     split = [spec for spec in specs if spec in hub or (Path(spec).expanduser() / _SPLITS).is_file()]
-    for option, value, having in (("split", asked.split, split), ("subset", asked.subset, hub)):
+    for option, value, having in (("split", options.split, split), ("subset", options.subset, hub)):
         without = [spec for spec in specs if spec not in having] if value is not None else []
         if without and not having:
             owner = "a data set of the Hub" if option == "subset" else "a DatasetDict or a data set of the Hub"
@@ -184,49 +184,49 @@ def require_parts(specs: Sequence[str], asked: Asked) -> None:
             say(f"{spec}: no {option}s there; read whole")
 
 
-def choose_columns(names: Sequence[str], where: str, asked: Asked) -> Columns:
+def choose_columns(names: Sequence[str], where: str, options: SourceOptions) -> Columns:
     """The columns asked for, or the only likely ones.
 
     Raises:
         InputError: a column is not there, or several would do.
     """
-    for wanted in (asked.query_column, asked.document_column, asked.language_column):
+    for wanted in (options.query_column, options.document_column, options.language_column):
         if wanted is not None and wanted not in names:
             near = nearest(wanted, names)
             hint = f"did you mean {near}?" if near else None
             raise InputError(f"{where}: no column {wanted!r}, its columns are {', '.join(names) or '(none)'}", hint)
-    query, document = asked.query_column, asked.document_column
+    query, document = options.query_column, options.document_column
     if query is None and document is None:
         usual = [pair for pair in _USUAL_PAIRS if set(pair) <= set(names)]
         if len(usual) == 1:
             query, document = usual[0]
     query = query or _only(QUERY_NAMES, names, document, where, "query")
     document = document or _only(DOCUMENT_NAMES, names, query, where, "document")
-    language = asked.language_column or next((name for name in LANGUAGE_NAMES if name in names), None)
+    language = options.language_column or next((name for name in LANGUAGE_NAMES if name in names), None)
     columns = Columns(query, document, language)
-    _say_once(columns, where, asked)
+    _report_guess(columns, where, options)
     return columns
 
 
 def _only(likely: Sequence[str], names: Sequence[str], other: str | None, where: str, side: str) -> str:
-    found = [name for name in names if name.lower() in likely and name != other]
-    if len(found) == 1:
-        return found[0]
-    problem = f"{' or '.join(found)}?" if found else f"none of {', '.join(names) or '(no columns)'} is known as one"
-    raise InputError(f"{where}: which column is the {side}: {problem}", f"say --{side}-column NAME")
+    usual = [name for name in names if name.lower() in likely and name != other]
+    if len(usual) == 1:
+        return usual[0]
+    problem = f"{' or '.join(usual)}?" if usual else f"none of {', '.join(names) or '(no columns)'} is known as one"
+    raise InputError(f"{where}: which column is the {side}: {problem}", f"name it with --{side}-column NAME")
 
 
-def _say_once(columns: Columns, where: str, asked: Asked) -> None:
+def _report_guess(columns: Columns, where: str, options: SourceOptions) -> None:
     guessed = []
-    if asked.query_column is None:
+    if options.query_column is None:
         guessed.append(f"query = {columns.query}")
-    if asked.document_column is None:
+    if options.document_column is None:
         guessed.append(f"document = {columns.document}")
-    if asked.language_column is None and columns.language is not None:
+    if options.language_column is None and columns.language is not None:
         guessed.append(f"language = {columns.language}")
     line = ", ".join(guessed)
-    if line and line not in asked.told:
-        asked.told.add(line)
+    if line and line not in options.reported:
+        options.reported.add(line)
         say(f"{where}: columns guessed: {line}")
 
 
@@ -235,7 +235,7 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
         splits: list[str] = _json(folder / _SPLITS).get("splits", [])
         chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
         if chosen is None or chosen not in splits:
-            raise InputError(f"{folder}: which split: {', '.join(splits)}", "say --split NAME")
+            raise InputError(f"{folder}: which split: {', '.join(splits)}", "name one with --split NAME")
         if split is None:
             say(f"{folder}: split {chosen} of {', '.join(splits)}")
         folder = folder / chosen
@@ -258,23 +258,23 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _hub_source(spec: str, asked: Asked) -> Source:
-    hub = HubSet(spec, asked.subset, asked.split or "train")
+def _hub_source(spec: str, options: SourceOptions) -> Source:
+    hub = HubSet(spec, options.subset, options.split or "train")
     say(f"{spec}: no such file here; reading split {hub.split} from the Hub")
     stream = hub.open()
     names = stream.column_names or list(next(iter(stream), {}))
     info = stream.info
     sizes = {name: part.num_examples for name, part in (info.splits or {}).items()} if info is not None else {}
-    told = json.dumps([spec, hub.subset, hub.split, revision_of(spec)])
+    identity = json.dumps([spec, hub.subset, hub.split, revision_of(spec)])
     name = f"{spec}[{hub.split}]"
-    file = PairFile(name, choose_columns(names, name, asked), None, hub)
-    return Source(spec, [file], hashlib.sha256(told.encode()).hexdigest(), sizes.get(hub.split))
+    file = PairFile(name, choose_columns(names, name, options), None, hub)
+    return Source(spec, [file], hashlib.sha256(identity.encode()).hexdigest(), sizes.get(hub.split))
 
 
 def _near_file(place: Path) -> str | None:
