@@ -81,6 +81,23 @@ def test_the_baseline_alone_needs_no_model(beir: Path, capsys: pytest.CaptureFix
     assert "ko/otters" in said.out and "1.0000" in said.out and not said.err
 
 
+def test_a_query_that_is_a_document_is_said_and_can_be_left_out(beir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bm25s")
+    with open(beir / "corpus.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"_id": "q0", "title": "수달", "text": "수달은 어디에 사나요?"}) + "\n")
+    arguments = ["eval", "--baseline", "bm25", "--data", str(beir), "--json"]
+    assert run(arguments) == 0
+    said = capsys.readouterr()
+    assert "ko/otters: 1 queries are documents of the corpus themselves and are ranked" in said.err
+    assert "--ignore-identical-ids" in said.err
+    assert json.loads(said.out)["avg"]["mrr@10"] == 0.75
+    assert run([*arguments, "--ignore-identical-ids"]) == 0
+    said = capsys.readouterr()
+    assert "themselves" not in said.err
+    got = json.loads(said.out)
+    assert got["avg"]["mrr@10"] == 1.0 and got["ignore_identical_ids"] == ["ko/otters"]
+
+
 def fail(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> list[str]:
     """The lines a failing `anchor eval` says, `anchor: ` taken off."""
     assert run(["eval", *arguments]) == code

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.evaluate.compare import ModelResult, collapsed, document, labels, show
-from anchor_cli.evaluate.evaluate import bm25_tokens, evaluate, evaluate_bm25, evaluate_one, logged
+from anchor_cli.evaluate.evaluate import bm25_tokens, evaluate, evaluate_bm25, evaluate_one, logged, shares_ids
 from anchor_cli.evaluate.files import cut, trec_run, worst_lines, worst_queries, write_files
 
 METRICS = ["ndcg@10", "mrr@10", "recall@10", "recall@100", "map@10"]
@@ -128,6 +129,52 @@ def test_evaluate_is_trec_eval_for_graded_judgements(tmp_path: Path) -> None:
     for metric, name in [("ndcg@10", "ndcg_cut_10"), ("recall@10", "recall_10"), ("map@10", "map_cut_10")]:
         want = [theirs[query][name] for query in result.query_ids]
         np.testing.assert_allclose(result.per_query[metric], want, atol=1e-9)
+
+
+def an_argument_set() -> tuple[Benchmark, Lookup]:
+    """As ArguAna: every query is a document of the corpus, under its id; the relevant one is its counter-argument."""
+    random = np.random.default_rng(1)
+    corpus = {f"a{i}": f"주장 {i}" for i in range(30)}
+    corpus |= {f"b{i}": f"반론 {i}" for i in range(30)}
+    queries = {f"a{i}": f"주장 {i}" for i in range(30)}
+    vectors = {text: random.standard_normal(6).astype(np.float32) for text in corpus.values()}
+    for i in range(30):
+        vectors[f"반론 {i}"] += vectors[f"주장 {i}"]
+    return Benchmark("ko/arguments", "ko", queries, corpus, {f"a{i}": {f"b{i}": 1} for i in range(30)}), Lookup(vectors)
+
+
+def test_a_document_that_is_the_query_is_left_out_as_beir_does() -> None:
+    benchmark, embedder = an_argument_set()
+    plain = evaluate_one(embedder, benchmark, depth=100)
+    got = evaluate_one(embedder, replace(benchmark, ignore_identical_ids=True), depth=100)
+    assert all(ranking[0] == query for query, ranking in zip(plain.query_ids, plain.rankings))  # the query itself
+    assert shares_ids(benchmark) == 30
+    for index, query in enumerate(got.query_ids):  # BEIR: results[query].pop(query), then the metrics
+        want = [key for key in plain.rankings[index] if key != query]
+        assert got.rankings[index] == want and len(want) == len(got.scores[index]) == 59
+        rank = want.index(f"b{query[1:]}") + 1
+        assert got.per_query["ndcg@10"][index] == pytest.approx(1 / math.log2(rank + 1) if rank <= 10 else 0)
+    assert got.means()["ndcg@10"] > plain.means()["ndcg@10"]
+    # the cut-off counts what is left: rank 11 with the query is rank 10 without it
+    ten = evaluate_one(embedder, replace(benchmark, ignore_identical_ids=True))
+    assert all(len(ranking) == 10 for ranking in ten.rankings)
+    model = ModelResult("m", [ten])
+    assert document(model, ["ndcg@10"])["ignore_identical_ids"] == ["ko/arguments"]
+
+
+def test_bm25_leaves_the_query_out_too() -> None:
+    pytest.importorskip("bm25s")
+    benchmark, _ = an_argument_set()
+    plain = evaluate_bm25(benchmark)
+    got = evaluate_bm25(replace(benchmark, ignore_identical_ids=True))
+    assert all(query in ranking for query, ranking in zip(plain.query_ids, plain.rankings))
+    assert not any(query in ranking for query, ranking in zip(got.query_ids, got.rankings))
+
+
+def test_equal_ids_of_other_texts_are_no_query() -> None:
+    queries, corpus = {"1": "질문", "2": "문서 하나"}, {"1": "문서 하나", "2": "문서 둘", "3": "질문"}
+    assert shares_ids(Benchmark("ko/x", "ko", queries, corpus, {"1": {"3": 1}})) == 0
+    assert shares_ids(Benchmark("ko/x", "ko", queries, corpus | {"1": "제목 질문"}, {"1": {"3": 1}})) == 1
 
 
 def test_texts_are_encoded_once_and_longest_first() -> None:

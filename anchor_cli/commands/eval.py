@@ -41,6 +41,12 @@ def eval(  # noqa: A001 - the command's name
         int, typer.Option(min=0, metavar="N", help="Show the N worst queries with what was found instead.")
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for TREC run files and per-query CSV.")] = None,
+    ignore_identical_ids: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-identical-ids", help="Leave a document with the query's own id out, as BEIR and MTEB (ArguAna)."
+        ),
+    ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens encoded at once.")] = 16384,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     details: Annotated[
@@ -59,7 +65,13 @@ def eval(  # noqa: A001 - the command's name
     models = resolve_models(checkpoints or [], default=baseline is None)
     with redirect_stdout(sys.stderr):  # libraries print when they load a model; stdout is for the result
         results = evaluate_models(
-            models, data, metrics=metrics, baseline=baseline is not None, batch_tokens=batch_tokens, device=device
+            models,
+            data,
+            metrics=metrics,
+            baseline=baseline is not None,
+            ignore_identical_ids=ignore_identical_ids,
+            batch_tokens=batch_tokens,
+            device=device,
         )
     documents = [document(model, metrics, results[0] if details else None) for model in results]
     show(results, metrics, on_stderr=as_json)

@@ -58,6 +58,8 @@ def document(model: ModelResult, metrics: Sequence[str], details_against: ModelR
         "results": {name: {metric: row[metric] for metric in metrics} for name, row in rows.items()},
         "avg": {metric: everything["avg"][metric] for metric in metrics},
     }
+    if ignoring := [result.benchmark.name for result in model.results if result.benchmark.ignore_identical_ids]:
+        plain["ignore_identical_ids"] = ignoring
     if details_against is None:
         return plain
     plain["num_queries"] = {result.benchmark.name: len(result.query_ids) for result in model.results}

@@ -108,14 +108,18 @@ def evaluate_one(
     document_ids, texts = list(benchmark.corpus), list(benchmark.corpus.values())
     documents, document_rows = _encode(lambda some: embedder.encode_documents(some, language), texts, advance)
     ties = tie_ranks(document_ids, rules_of(benchmark.qrels).ties_ascending)
+    depth = max(depth, *(parse_metric(metric)[1] for metric in metrics))
     indices, scores = search(
         queries[query_rows],
         documents if len(documents) == len(document_ids) else documents[document_rows],
-        max(depth, *(parse_metric(metric)[1] for metric in metrics)),
+        depth + benchmark.ignore_identical_ids,
         ties,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    rankings = [[document_ids[index] for index in row] for row in indices]
+    rows = [
+        [(document_ids[index], float(score)) for index, score in zip(*row)] for row in zip(indices, scores, strict=True)
+    ]
+    rankings, kept_scores = _split(benchmark, query_ids, rows, depth)
     place = dict(zip(document_ids, document_rows))
     pairs = [
         (query_row, place[document])
@@ -126,7 +130,26 @@ def evaluate_one(
     left, right = [row for row, _ in pairs], [row for _, row in pairs]
     health = embedding_health(documents, (queries[left], documents[right]))
     per_query = _score(benchmark, query_ids, rankings, metrics)
-    return BenchmarkResult(benchmark, query_ids, rankings, scores.tolist(), per_query, health)
+    return BenchmarkResult(benchmark, query_ids, rankings, kept_scores, per_query, health)
+
+
+def _split(
+    benchmark: Benchmark, query_ids: Sequence[str], rows: Sequence[Sequence[tuple[str, float]]], depth: int
+) -> tuple[list[list[str]], list[list[float]]]:
+    """The first `depth` ids and scores of every query, without its own id where that is to be ignored."""
+    kept = [
+        [(key, score) for key, score in row if not (benchmark.ignore_identical_ids and key == query)][:depth]
+        for query, row in zip(query_ids, rows, strict=True)
+    ]
+    return [[key for key, _ in row] for row in kept], [[score for _, score in row] for row in kept]
+
+
+def shares_ids(benchmark: Benchmark) -> int:
+    """How many queries are in the corpus themselves: a document has the query's id and holds its text.
+
+    ArguAna is such a set. BEIR leaves such a document out of the ranking, sentence-transformers does not.
+    """
+    return sum(text in benchmark.corpus.get(query, "") for query, text in benchmark.queries.items())
 
 
 def _counted(benchmark: Benchmark) -> list[str]:
@@ -166,7 +189,11 @@ def _encode(
 
 
 def evaluate_bm25(
-    benchmark: Benchmark, *, metrics: Sequence[str] = DEFAULT_METRICS, depth: int = 0, advance: Advance | None = None
+    benchmark: Benchmark,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    depth: int = 0,
+    advance: Advance | None = None,
 ) -> BenchmarkResult:
     """BM25 (Lucene's formula, k1 = 1.5, b = 0.75; `bm25s`) on the same queries: what a score is worth.
 
@@ -188,15 +215,15 @@ def evaluate_bm25(
     index.index([bm25_tokens(text) for text in benchmark.corpus.values()], show_progress=False)
     ties = tie_ranks(document_ids, rules_of(benchmark.qrels).ties_ascending)
     depth = max(depth, *(parse_metric(metric)[1] for metric in metrics))
-    rankings, scores = [], []
+    rows = []
     for query in query_ids:
         tokens = bm25_tokens(benchmark.queries[query])
         values = index.get_scores(tokens) if tokens else np.zeros(len(document_ids), dtype=np.float32)
-        best = [row for row in np.lexsort((ties, -values))[:depth] if values[row] > 0]
-        rankings.append([document_ids[row] for row in best])
-        scores.append([float(values[row]) for row in best])
+        best = np.lexsort((ties, -values))[: depth + benchmark.ignore_identical_ids]
+        rows.append([(document_ids[row], float(values[row])) for row in best if values[row] > 0])
         if advance is not None:
             advance(1)
+    rankings, scores = _split(benchmark, query_ids, rows, depth)
     return BenchmarkResult(benchmark, query_ids, rankings, scores, _score(benchmark, query_ids, rankings, metrics), {})
 
 

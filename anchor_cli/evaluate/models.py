@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anchor_cli.base.checkpoints import (
@@ -21,7 +21,7 @@ from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.evaluate.compare import ModelResult
 from anchor_cli.evaluate.embedder import Embedder, load_embedder
-from anchor_cli.evaluate.evaluate import BenchmarkResult, evaluate_bm25, evaluate_one
+from anchor_cli.evaluate.evaluate import BenchmarkResult, evaluate_bm25, evaluate_one, shares_ids
 from anchor_cli.evaluate.metrics import parse_metric
 
 DEPTH = 100
@@ -95,6 +95,7 @@ def evaluate_models(
     *,
     metrics: Sequence[str],
     baseline: bool = False,
+    ignore_identical_ids: bool = False,
     batch_tokens: int = 16384,
     device: str | None = None,
 ) -> list[ModelResult]:
@@ -106,9 +107,16 @@ def evaluate_models(
     for metric in metrics:
         parse_metric(metric)
     benchmarks = load_benchmarks(data)
+    if ignore_identical_ids:
+        benchmarks = [replace(benchmark, ignore_identical_ids=True) for benchmark in benchmarks]
     for benchmark in benchmarks:
         for note in benchmark.notes:
             say(note)
+        if (shared := shares_ids(benchmark)) and not benchmark.ignore_identical_ids:
+            say(
+                f"{benchmark.name}: {shared:,} queries are documents of the corpus themselves and are ranked, as "
+                "sentence-transformers does; BEIR and MTEB leave them out: --ignore-identical-ids"
+            )
     results = []
     for model in models:
         embedder = _load(model, batch_tokens, device)

@@ -38,6 +38,8 @@ class Benchmark:
     """Grade by document id by query id; documents that `corpus` lacks are kept, the ideal ranking counts them."""
     source: str = ""
     """Folder, or Hub id and subset."""
+    ignore_identical_ids: bool = False
+    """Leave a document with the query's own id out of the ranking, as BEIR does, and MTEB for tasks such as ArguAna."""
     notes: list[str] = field(default_factory=list)
     """What was left out of the source, one line each."""
 
@@ -98,7 +100,7 @@ def assemble(
         "judged documents are not in the corpus and count as never found": missing,
     }
     notes = [f"{name}: {count:,} {fault}" for fault, count in faults.items() if count]
-    return Benchmark(name, language, kept_queries, kept_corpus, judged, source, notes)
+    return Benchmark(name, language, kept_queries, kept_corpus, judged, source, notes=notes)
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
