@@ -183,6 +183,11 @@ def words_for_disk_errors(
         raise
 
 
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
 def free_bytes(path: str | Path) -> int:
     """Free bytes, for this user, on the disk that holds `path` or would hold it."""
     place = Path(path).absolute()

@@ -41,7 +41,7 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe", help="Run the heaviest micro-batch twice on this machine.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
+    """Print what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
     from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
     from anchor_cli.plan.checks import check_plan
     from anchor_cli.plan.estimate import Throughput, estimate

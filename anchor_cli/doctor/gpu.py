@@ -1,4 +1,4 @@
-"""Doctor's questions about GPUs: driver, cards, bf16, links between them, and the kernels that will really run.
+"""Checks of GPUs: driver, cards, bf16, links between them, and the kernels that will really run.
 
 Written against NVIDIA's and PyTorch's documentation; the CUDA branches are unmeasured so far (no GPU in development).
 """
@@ -19,7 +19,7 @@ GIB = 1 << 30
 TOPOLOGY = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 """NVML's `nvmlGpuTopologyLevel_t`, by the names of `nvidia-smi topo -m`."""
 LITTLE_FREE = 0.9
-"""Below this free share of a card somebody else is on it (assumption)."""
+"""Below this free share of its memory another process uses the card (assumption)."""
 
 
 def handle_of(library: Any, index: int) -> Any:
@@ -58,15 +58,17 @@ def _one_gpu(index: int) -> Iterator[Check]:
     name = f"GPU {index}"
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    said = f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    message = f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     capability = (properties.major, properties.minor)
     if capability < (8, 0):
-        yield Check(name, "fail", f"{said}: no bf16 (compute capability {capability[0]}.{capability[1]})",
+        yield Check(name, "fail", f"{message}: no bf16 (compute capability {capability[0]}.{capability[1]})",
                     "precision: float32, or a card from Ampere (A100) on")  # fmt: skip
     elif free / total < LITTLE_FREE:
-        yield Check(name, "warn", f"{said}: another process is on it", "nvidia-smi shows which; CUDA_VISIBLE_DEVICES")
+        yield Check(
+            name, "warn", f"{message}: another process is on it", "nvidia-smi shows which; CUDA_VISIBLE_DEVICES"
+        )
     else:
-        yield Check(name, "ok", f"{said}, bf16")
+        yield Check(name, "ok", f"{message}, bf16")
     if errors := uncorrected_errors(index):
         yield Check(f"{name} ECC", "fail", f"{errors} uncorrected memory errors since boot", "take the card out of use")
 
@@ -159,15 +161,15 @@ def attention_kernel(needs: Needs) -> Iterator[Check]:
     want = attention.sdpa_kernel(query.float(), key.float(), value.float(), packing, 0.125)
     error = float((got - want).abs().max())
     asked = "" if needs.attn_implementation in ("auto", name) else f" (asked for {needs.attn_implementation})"
-    said = f"{name}{asked}, largest error {error:.1e} in bf16"
+    message = f"{name}{asked}, largest error {error:.1e} in bf16"
     if error > 0.05:  # bf16 keeps 8 bits: values up to 4 are off by up to 2^-7 x 4
-        yield Check("attention kernel", "fail", said, "rebuild flash-attn, or attn_implementation: varlen")
+        yield Check("attention kernel", "fail", message, "rebuild flash-attn, or attn_implementation: varlen")
     elif on_gpu and name == "sdpa":
-        yield Check("attention kernel", "warn", f"{said}: one call a text, slow on a GPU", INSTALL_FLASH_ATTN)
+        yield Check("attention kernel", "warn", f"{message}: one call a text, slow on a GPU", INSTALL_FLASH_ATTN)
     elif asked and on_gpu:
-        yield Check("attention kernel", "warn", said, f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")
+        yield Check("attention kernel", "warn", message, f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")
     else:
-        yield Check("attention kernel", "ok", said)
+        yield Check("attention kernel", "ok", message)
 
 
 def liger(_: Needs) -> Iterator[Check]:

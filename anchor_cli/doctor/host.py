@@ -1,4 +1,4 @@
-"""Doctor's questions about the machine around the GPUs: memory, limits, disk, network, clock, W&B."""
+"""Checks of the machine around the GPUs: memory, limits, disk, network, clock, W&B."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from anchor_cli.base.check import Check
+from anchor_cli.base.files import existing_parent
 from anchor_cli.base.hub import hub_address, hub_answer, hub_is_off
 from anchor_cli.doctor.needs import Needs
 from anchor_cli.train.metrics_log import has_wandb_key
@@ -35,13 +36,13 @@ def memory(_: Needs) -> Iterator[Check]:
     limit = _cgroup_limit()
     usable = min(total.available, limit) if limit else total.available
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    said = f"{usable / GB:.0f} GB of {total.total / GB:.0f} GB free, {cores} CPU cores"
+    message = f"{usable / GB:.0f} GB of {total.total / GB:.0f} GB free, {cores} CPU cores"
     if limit and limit < total.total:
-        said += f", container limit {limit / GB:.0f} GB"
+        message += f", container limit {limit / GB:.0f} GB"
     if usable < 4 * GB:
-        yield Check("memory", "warn", said, "close other programs, or give the container more memory")
+        yield Check("memory", "warn", message, "close other programs, or give the container more memory")
     else:
-        yield Check("memory", "ok", said)
+        yield Check("memory", "ok", message)
 
 
 def _cgroup_limit() -> int | None:
@@ -62,24 +63,24 @@ def shared_memory(_: Needs, folder: Path = Path("/dev/shm")) -> Iterator[Check]:
         yield Check("shared memory", "warn", f"no {folder} on this system", "run on Linux for more than one GPU")
         return
     total = shutil.disk_usage(folder).total
-    said = f"{folder} {total / GB:.3g} GB"
+    message = f"{folder} {total / GB:.3g} GB"
     if total < MIN_SHARED_MEMORY_GB * GB:
-        trap = ": Docker's default; NCCL fails with more than one GPU" if total <= 70e6 else ": little"
-        yield Check("shared memory", "warn", said + trap, "docker run --shm-size=16g (or --ipc=host)")
+        cause = ": Docker's default; NCCL fails with more than one GPU" if total <= 70e6 else ": little"
+        yield Check("shared memory", "warn", message + cause, "docker run --shm-size=16g (or --ipc=host)")
     else:
-        yield Check("shared memory", "ok", said)
+        yield Check("shared memory", "ok", message)
 
 
 def file_descriptors(_: Needs) -> Iterator[Check]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    said = f"{soft:,} open files allowed" if soft != resource.RLIM_INFINITY else "unlimited"
+    message = f"{soft:,} open files allowed" if soft != resource.RLIM_INFINITY else "unlimited"
     if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
         more = "ulimit -n 65536" if hard == resource.RLIM_INFINITY or hard >= 65536 else "ask for a higher hard limit"
-        yield Check("file descriptors", "warn", said, f"{more} (docker run --ulimit nofile=65536)")
+        yield Check("file descriptors", "warn", message, f"{more} (docker run --ulimit nofile=65536)")
     else:
-        yield Check("file descriptors", "ok", said)
+        yield Check("file descriptors", "ok", message)
     if Path("/dev/infiniband").is_dir():
         locked, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if locked != resource.RLIM_INFINITY:
@@ -89,38 +90,30 @@ def file_descriptors(_: Needs) -> Iterator[Check]:
             yield Check("locked memory", "ok", "unlimited, as InfiniBand needs it")
 
 
-def existing_parent(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    place = path.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return place
-
-
 def disk(needs: Needs) -> Iterator[Check]:
     """Free space where the run will write, and how fast it can write there (flushed to the disk)."""
     place = existing_parent(needs.output_dir)
     free = shutil.disk_usage(place).free / GB
-    said = f"{free:,.0f} GB free for {needs.output_dir}"
+    message = f"{free:,.0f} GB free for {needs.output_dir}"
     advice = "clear the disk, set output_dir elsewhere, or save_total_limit lower; anchor plan says what a run needs"
     if free < LEAST_FREE_GB:
-        yield Check("disk", "fail", said, advice)
+        yield Check("disk", "fail", message, advice)
     elif free < WANTED_FREE_GB:
-        yield Check("disk", "warn", said, advice)
+        yield Check("disk", "warn", message, advice)
     else:
-        yield Check("disk", "ok", said)
+        yield Check("disk", "ok", message)
     if free < 1:
         return
     if not os.access(place, os.W_OK):
         yield Check("disk write", "fail", f"{place} cannot be written to", "set output_dir elsewhere, or its owner")
         return
     speed = write_speed(place)
-    said = f"{speed:,.0f} MB/s into {place}"
+    message = f"{speed:,.0f} MB/s into {place}"
     if speed < SLOW_DISK_MB_S:
-        yield Check("disk write", "warn", f"{said}: a checkpoint of 0.6B parameters takes {8300 / speed:.0f} s",
+        yield Check("disk write", "warn", f"{message}: a checkpoint of 0.6B parameters takes {8300 / speed:.0f} s",
                     "a local SSD, or save_steps larger")  # fmt: skip
     else:
-        yield Check("disk write", "ok", said)
+        yield Check("disk write", "ok", message)
 
 
 def write_speed(folder: Path, num_mb: int = PROBE_MB) -> float:
@@ -135,7 +128,7 @@ def write_speed(folder: Path, num_mb: int = PROBE_MB) -> float:
         return num_mb * len(block) / 1e6 / max(time.perf_counter() - start, 1e-9)
 
 
-PATIENCE_S = 5.0  # how long the Hub may take to answer
+HUB_TIMEOUT_S = 5.0
 
 
 def hub(_: Needs) -> Iterator[Check]:
@@ -143,7 +136,7 @@ def hub(_: Needs) -> Iterator[Check]:
         yield Check("Hub", "ok", "HF_HUB_OFFLINE is set: local folders and the cache only")
         return
     address = hub_address()
-    date, reason = hub_answer(address, PATIENCE_S)
+    date, reason = hub_answer(address, HUB_TIMEOUT_S)
     token = bool(os.environ.get("HF_TOKEN")) or (Path.home() / ".cache/huggingface/token").is_file()
     if date is None:
         yield Check("Hub", "warn", f"{address} is out of reach ({reason})",
@@ -156,7 +149,7 @@ def hub(_: Needs) -> Iterator[Check]:
 def clock(_: Needs) -> Iterator[Check]:
     """This host's clock against the Hub's Date header, or, without network, against the disk's time stamps."""
     remedy = "turn on time synchronisation (timedatectl set-ntp true)"
-    date = None if hub_is_off() else hub_answer(hub_address(), PATIENCE_S)[0]
+    date = None if hub_is_off() else hub_answer(hub_address(), HUB_TIMEOUT_S)[0]
     if date:
         skew = time.time() - parsedate_to_datetime(date).timestamp()
         against = "the Hub's"

@@ -1,7 +1,7 @@
-"""Doctor's questions that need several processes: does an all-reduce arrive, are DeepSpeed's gradients right.
+"""Checks that need several processes: does an all-reduce give the right sum, are DeepSpeed's gradients right.
 
 Each rank is a process of its own (`python -m anchor_cli.doctor.worker`), so that a hang or a crash of a library
-ends there and becomes a line here.
+ends that process only and becomes a line here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from anchor_cli.processes.ranks import free_port
 ALL_REDUCE_TIMEOUT_S = 120.0
 GRADIENTS_TIMEOUT_S = 300.0
 SLOW_ALL_REDUCE_GB_S = 5.0
-"""Bus bandwidth below which two GPUs of one host talk through something broken (assumption: PCIe 4 x16 gives 20)."""
+"""Bus bandwidth below which the link between two GPUs of one host is broken (assumption: PCIe 4 x16 gives 20)."""
 
 
 class WorkerFailed(Exception):
@@ -38,7 +38,7 @@ def num_workers() -> int:
 
 
 def run_workers(task: str, world_size: int, timeout_s: float, **arguments: str) -> dict[str, Any]:
-    """Run `doctor_worker TASK` in `world_size` processes and return rank 0's JSON.
+    """Run `doctor.worker TASK` in `world_size` processes and return rank 0's JSON.
 
     Raises:
         WorkerFailed: a rank left with an error, or they were not done after `timeout_s` seconds.
@@ -96,13 +96,13 @@ def all_reduce(_: Needs) -> Iterator[Check]:
                     "NCCL_DEBUG=INFO says more; NCCL_P2P_DISABLE=1 or NCCL_SOCKET_IFNAME often help")  # fmt: skip
         return
     unit = "processes" if answer["backend"] == "gloo" else "GPUs"
-    said = f"{answer['backend']} over {count} {unit}, {answer['gb_s']:.1f} GB/s"
+    message = f"{answer['backend']} over {count} {unit}, {answer['gb_s']:.1f} GB/s"
     if not answer["right"]:
-        yield Check("all-reduce", "fail", f"{said}: wrong sum", "a broken link or driver: try fewer GPUs")
+        yield Check("all-reduce", "fail", f"{message}: wrong sum", "a broken link or driver: try fewer GPUs")
     elif answer["backend"] == "nccl" and count > 1 and answer["gb_s"] < SLOW_ALL_REDUCE_GB_S:
-        yield Check("all-reduce", "warn", f"{said}: slow", "see GPU links above; NCCL_DEBUG=INFO shows the way taken")
+        yield Check("all-reduce", "warn", f"{message}: slow", "see GPU links above; NCCL_DEBUG=INFO")
     else:
-        yield Check("all-reduce", "ok", said)
+        yield Check("all-reduce", "ok", message)
 
 
 def gradients(needs: Needs) -> Iterator[Check]:
@@ -114,12 +114,12 @@ def gradients(needs: Needs) -> Iterator[Check]:
     except WorkerFailed as error:
         yield Check("gradients", "fail", str(error), "anchor train would fail too: see docs/troubleshooting.md")
         return
-    said = (
+    message = (
         f"{answer['config']}, {count} ranks x {answer['micro_batches']} micro-batches: "
         f"relative error {answer['error']:.1e} (allowed {answer['allowed']:.0e})"
     )
     if answer["error"] > answer["allowed"]:
-        yield Check("gradients", "fail", f"{said}, worst in {answer['worst']}",
+        yield Check("gradients", "fail", f"{message}, worst in {answer['worst']}",
                     "do not train with this DeepSpeed: pip install -c constraints.txt deepspeed")  # fmt: skip
     else:
-        yield Check("gradients", "ok", said)
+        yield Check("gradients", "ok", message)

@@ -1,4 +1,4 @@
-"""Doctor's questions about Python, packages, DeepSpeed and compilers."""
+"""Checks of Python, packages, DeepSpeed and compilers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ OPTIONAL = ("sentence-transformers", "wandb")
 
 def python(_: Needs) -> Iterator[Check]:
     version = sys.version_info
-    said = f"{version.major}.{version.minor}.{version.micro}"
+    message = f"{version.major}.{version.minor}.{version.micro}"
     oldest, newest = TESTED_PYTHON
     if version[:2] < oldest:
-        yield Check("python", "fail", said, f"install Python {oldest[0]}.{oldest[1]} or newer")
+        yield Check("python", "fail", message, f"install Python {oldest[0]}.{oldest[1]} or newer")
     elif version[:2] > newest:
-        yield Check("python", "warn", f"{said}, newer than tested", f"prefer Python {newest[0]}.{newest[1]}")
+        yield Check("python", "warn", f"{message}, newer than tested", f"prefer Python {newest[0]}.{newest[1]}")
     else:
-        yield Check("python", "ok", said)
+        yield Check("python", "ok", message)
 
 
 def version_of(package: str) -> str | None:
@@ -59,19 +59,21 @@ def version_of(package: str) -> str | None:
 
 def packages(_: Needs) -> Iterator[Check]:
     """Same major.minor as tested is fine; older or newer is a warning, missing a failure."""
-    found = {name: version_of(name) for name in TESTED}
-    missing = [name for name, version in found.items() if version is None and name not in OPTIONAL]
+    installed = {name: version_of(name) for name in TESTED}
+    missing = [name for name, version in installed.items() if version is None and name not in OPTIONAL]
     if missing:
         yield Check("packages", "fail", f"not installed: {', '.join(missing)}", INSTALL)
     other = [
         f"{name} {version} (tested {TESTED[name]})"
-        for name, version in found.items()
+        for name, version in installed.items()
         if version is not None and release_of(version)[:2] != release_of(TESTED[name])[:2]
     ]
     if other:
         yield Check("packages", "warn", "; ".join(other), INSTALL)
     if not missing and not other:
-        shown = [f"{name} {found[name]}" for name in ("torch", "transformers", "datasets", "numpy") if found[name]]
+        shown = [
+            f"{name} {installed[name]}" for name in ("torch", "transformers", "datasets", "numpy") if installed[name]
+        ]
         yield Check("packages", "ok", f"{', '.join(shown)}: as tested")
 
 
@@ -93,17 +95,17 @@ def deepspeed(_: Needs) -> Iterator[Check]:
 def compiler(_: Needs) -> Iterator[Check]:
     """Triton (Liger, torch.compile) compiles a launcher with a C compiler and Python's headers at first use."""
     named = os.environ.get("CC")
-    found = next((name for name in ([named] if named else ["gcc", "cc", "clang"]) if shutil.which(name)), None)
+    compiler_name = next((name for name in ([named] if named else ["gcc", "cc", "clang"]) if shutil.which(name)), None)
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
     install = "apt-get install gcc g++ python3-dev (or what your system calls them)"
-    if found is None:
+    if compiler_name is None:
         which = f"CC={named} not found" if named else "no C compiler"
         yield Check("compiler", "warn", f"{which}: Triton kernels, Liger and torch_compile cannot be used", install)
     elif not headers:
-        yield Check("compiler", "warn", f"{found}, but no Python.h: Triton kernels cannot be built", install)
+        yield Check("compiler", "warn", f"{compiler_name}, but no Python.h: Triton kernels cannot be built", install)
     else:
         nvcc = shutil.which("nvcc")
-        yield Check("compiler", "ok", f"{found} and Python headers" + (", nvcc" if nvcc else ""))
+        yield Check("compiler", "ok", f"{compiler_name} and Python headers" + (", nvcc" if nvcc else ""))
 
 
 def compiler_locks(_: Needs) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""What would stop a run later, looked for now: files, GPUs, memory, disk, kernels, contradictions."""
+"""What would stop a run later, checked now: files, GPUs, memory, disk, kernels, contradictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from anchor_cli.base.check import Check
 from anchor_cli.base.errors import AnchorError, InputError
-from anchor_cli.base.files import free_bytes
+from anchor_cli.base.files import existing_parent, free_bytes
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
 from anchor_cli.data.benchmarks.benchmarks import (
     DEFAULT_DATA,
@@ -34,7 +34,7 @@ GB = 1e9
 
 
 def check_plan(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
-    """One check after the other; `elsewhere` below means: planned for GPUs that this machine has not."""
+    """One check after the other; `elsewhere` below means: planned for GPUs that this machine does not have."""
     elsewhere = hardware.gpu is not None and not local_gpus()
     yield from _model(spec)
     yield from _data(spec)
@@ -83,40 +83,38 @@ def _gpus(hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
     elif elsewhere:
         yield Check("GPUs", "warn", f"planned for {hardware.num_gpus} x {hardware.gpu.name}, this machine has none",
                     "run anchor doctor on the training host")  # fmt: skip
-    elif len(found := local_gpus()) < hardware.num_gpus:
-        yield Check("GPUs", "fail", f"{len(found)} here, {hardware.num_gpus} wanted", f"--num-gpus {len(found)}")
+    elif len(cards := local_gpus()) < hardware.num_gpus:
+        yield Check("GPUs", "fail", f"{len(cards)} here, {hardware.num_gpus} wanted", f"--num-gpus {len(cards)}")
     else:
-        yield Check("GPUs", "ok", f"{len(found)} x {found[0][0]}")
+        yield Check("GPUs", "ok", f"{len(cards)} x {cards[0][0]}")
 
 
 def _memory(made: Estimate) -> Iterator[Check]:
     if made.memory is None or made.device_bytes is None:
         return
     need, have = made.memory.total / GB, made.device_bytes / GB
-    said = f"{need:.0f} of {have:.0f} GB a card"
+    message = f"{need:.0f} of {have:.0f} GB a card"
     if need > have:
-        yield Check("memory", "fail", said, "lower max_tokens_per_micro_batch, or gradient_checkpointing: true")
+        yield Check("memory", "fail", message, "lower max_tokens_per_micro_batch, or gradient_checkpointing: true")
     elif need > USABLE_SHARE * have:
-        yield Check("memory", "warn", f"{said}: tight", "lower max_tokens_per_micro_batch")
+        yield Check("memory", "warn", f"{message}: tight", "lower max_tokens_per_micro_batch")
     elif made.cut.gradient_checkpointing and made.cut.checkpointing_source == "the spec":
-        yield Check("memory", "ok", f'{said}, with gradient checkpointing as the spec says ("auto" may be faster)')
+        yield Check("memory", "ok", f'{message}, with gradient checkpointing as the spec says ("auto" may be faster)')
     else:
-        yield Check("memory", "ok", said)
+        yield Check("memory", "ok", message)
 
 
 def _disk(spec: RunSpec, made: Estimate, elsewhere: bool) -> Iterator[Check]:
-    free, need = free_bytes(_existing(spec.run_folder)), made.disk.total_bytes
-    said = f"{made.disk.checkpoints_kept} checkpoints of {made.disk.checkpoint_bytes / GB:.1f} GB: {need / GB:.0f} GB"
+    free, need = free_bytes(existing_parent(spec.run_folder)), made.disk.total_bytes
+    message = (
+        f"{made.disk.checkpoints_kept} checkpoints of {made.disk.checkpoint_bytes / GB:.1f} GB: {need / GB:.0f} GB"
+    )
     if elsewhere:
-        yield Check("disk", "ok", f"{said} (free space here, {free / GB:.0f} GB, says nothing of the training host)")
+        yield Check("disk", "ok", f"{message} (free space here, {free / GB:.0f} GB, says nothing of the training host)")
     elif need > free:
-        yield Check("disk", "fail", f"{said}, {free / GB:.0f} GB free", "save_total_limit, or another output_dir")
+        yield Check("disk", "fail", f"{message}, {free / GB:.0f} GB free", "save_total_limit, or another output_dir")
     else:
-        yield Check("disk", "ok", f"{said}, {free / GB:.0f} GB free")
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+        yield Check("disk", "ok", f"{message}, {free / GB:.0f} GB free")
 
 
 def _deepspeed(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
@@ -133,18 +131,18 @@ def _deepspeed(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dic
 
 
 def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
-    wish = spec.attn_implementation
+    kernel = spec.attn_implementation
     if hardware.gpu is None:
-        yield Check("attention", "ok", f"{wish}: SDPA text by text, as on every CPU")
+        yield Check("attention", "ok", f"{kernel}: SDPA text by text, as on every CPU")
     elif elsewhere:
-        yield Check("attention", "ok", f"{wish} (kernels of the training host: anchor doctor SPEC there)")
-    elif (module := FLASH_MODULES.get(wish)) and not is_installed(module):
-        yield Check("attention", "warn", f"{wish}: {module} is not installed, torch's varlen attention will run",
+        yield Check("attention", "ok", f"{kernel} (kernels of the training host: anchor doctor SPEC there)")
+    elif (module := FLASH_MODULES.get(kernel)) and not is_installed(module):
+        yield Check("attention", "warn", f"{kernel}: {module} is not installed, torch's varlen attention will run",
                     f"{INSTALL_FLASH_ATTN}, or attn_implementation: auto")  # fmt: skip
-    elif wish == "sdpa":
+    elif kernel == "sdpa":
         yield Check("attention", "warn", "sdpa: one call a text, slow on a GPU", "attn_implementation: auto")
     else:
-        yield Check("attention", "ok", wish)
+        yield Check("attention", "ok", kernel)
 
 
 def _schedule(made: Estimate) -> Iterator[Check]:
@@ -155,33 +153,33 @@ def _schedule(made: Estimate) -> Iterator[Check]:
 
 
 def _benchmarks(spec: RunSpec) -> Iterator[Check]:
-    """Folders named as evaluation data must be such as load; data sets of the Hub are not looked up."""
+    """Folders named as evaluation data must load; data sets of the Hub are not looked up."""
     if not (spec.eval_steps or spec.eval_on_start):
         return
     of_the_hub = []
     for name in spec.eval_data or DEFAULT_DATA:
         try:
-            found = _evaluation_data(name)
+            contents = _evaluation_data(name)
         except AnchorError as error:
             yield Check("evaluation", "fail", error.message, error.hint or "eval_data names BEIR folders or NanoBEIR")
             continue
-        if found is None:
+        if contents is None:
             of_the_hub.append(name)
         else:
-            yield Check("evaluation", "ok", found)
+            yield Check("evaluation", "ok", contents)
     if of_the_hub:
-        said = ", ".join(of_the_hub) if spec.eval_data else "the four NanoBEIR sets"
+        message = ", ".join(of_the_hub) if spec.eval_data else "the four NanoBEIR sets"
         remedy = "anchor prepare nanobeir --out DIR makes a snapshot for a host without network; name it in eval_data"
-        yield Check("evaluation", "warn", f"{said}: from the Hub or its cache", remedy)
+        yield Check("evaluation", "warn", f"{message}: from the Hub or its cache", remedy)
 
 
 def _evaluation_data(name: str) -> str | None:
-    """What an entry of `eval_data` is here, by the functions that load it; None: the Hub's, which is not asked.
+    """What an entry of `eval_data` stands for, by the functions that load it; None: on the Hub, which is not asked.
 
     NanoBEIR's sets are small and are read; of a BEIR folder, which may be large, the files must be there.
 
     Raises:
-        InputError: it means nothing, or does not load.
+        InputError: no such benchmark, or one that does not load.
     """
     place = Path(language_and_place(name)[1])
     if place.is_dir() and not (place / MANIFEST_FILE).is_file() and not is_nano_folder(place):

@@ -161,7 +161,7 @@ def resolve_ds_config(
 ) -> dict[str, Any]:
     """What DeepSpeed gets: every `"auto"` replaced, every stated value compared with the spec.
 
-    `gradient_accumulation_steps` and `micro_batch_size` are what the engine is told, as DeepSpeed wants
+    `gradient_accumulation_steps` and `micro_batch_size` are passed to the engine, as DeepSpeed wants
     micro_batch_size x accumulation x ranks = train_batch_size. A config that states them is compared with the spec's.
 
     Raises:
@@ -195,9 +195,9 @@ def _agree(section: dict[str, Any], key: str, ours: Any, spec_key: str, shown: s
     theirs = section.get(key, "auto")
     if theirs == "auto" or (theirs == ours and isinstance(theirs, bool) == isinstance(ours, bool)):
         return ours
-    says = spec_key if isinstance(ours, bool) else f"{spec_key} {json.dumps(ours)}"
+    ours_text = spec_key if isinstance(ours, bool) else f"{spec_key} {json.dumps(ours)}"
     raise InputError(
-        f"deepspeed config: {shown or key} {json.dumps(theirs)} contradicts the spec's {says}",
+        f"deepspeed config: {shown or key} {json.dumps(theirs)} contradicts the spec's {ours_text}",
         'write "auto" in the DeepSpeed config: the spec decides',
     )
 

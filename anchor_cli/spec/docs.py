@@ -57,13 +57,13 @@ def _bare(prop: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected(key: str) -> str:
-    """What a key expects, in words: `a number above 0`, `one of text, content`, `a whole number of at least 1`."""
-    return _words(schema()["properties"][key])
+    """What a key expects, such as `a number above 0`, `one of text, content`, `a whole number of at least 1`."""
+    return _expectation(schema()["properties"][key])
 
 
-def _words(prop: dict[str, Any]) -> str:
+def _expectation(prop: dict[str, Any]) -> str:
     if "anyOf" in prop:
-        return ", or ".join(_words(kind) for kind in prop["anyOf"])
+        return ", or ".join(_expectation(kind) for kind in prop["anyOf"])
     if "const" in prop:
         return json.dumps(prop["const"])
     if "enum" in prop:
@@ -72,16 +72,16 @@ def _words(prop: dict[str, Any]) -> str:
     if kind == "null":
         return "null"
     if kind == "array":
-        return f"a list, each {_words(prop['items'])}"
+        return f"a list, each {_expectation(prop['items'])}"
     if kind == "object":
         return "an object of texts"
-    words = _KINDS[str(kind)]
+    kind_text = _KINDS[str(kind)]
     if prop.get("minLength"):
-        words = "a text that is not empty"
+        kind_text = "a text that is not empty"
     if prop.get("pattern"):
-        words = "a name for a folder, without slashes"
-    bounds = [f"{says} {shown_value(prop[name])}" for name, says in _BOUNDS.items() if name in prop]
-    return " ".join([words, " and ".join(bounds)]).strip()
+        kind_text = "a name for a folder, without slashes"
+    bounds = [f"{relation} {shown_value(prop[name])}" for name, relation in _BOUNDS.items() if name in prop]
+    return " ".join([kind_text, " and ".join(bounds)]).strip()
 
 
 def shown_value(value: Any) -> str:
@@ -105,7 +105,7 @@ def reference() -> str:
         if key in GROUPS:
             lines += ["", f"## {GROUPS[key]}", "", "| key | expects | default | meaning |", "|---|---|---|---|"]
         default = f"`{shown_value(prop['default'])}`" if "default" in prop else "**required**"
-        cells = [f"`{key}`", _words(prop), default, " ".join(prop["description"].split())]
+        cells = [f"`{key}`", _expectation(prop), default, " ".join(prop["description"].split())]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", "## Spellings of the research code", "", "| spelling | is |", "|---|---|"]
     lines += [f"| `{name}` | `{key}` |" for name, key in compat.RENAMED.items()]

@@ -1,4 +1,4 @@
-"""From a file and `--set` to a RunSpec, with where each value came from, and every mistake in one line."""
+"""From a file and `--set` to a RunSpec, with the source of each value and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anchor_cli.spec.spec import RunSpec, derived_defaults
 
 @dataclass(frozen=True)
 class SpecReading:
-    """A spec and how it came about."""
+    """A spec and the source of each value."""
 
     spec: RunSpec
     sources: dict[str, str]
@@ -46,7 +46,7 @@ def read_spec(path: str | Path, overrides: list[str]) -> SpecReading:
     try:
         return SpecReading(RunSpec.model_validate(ours), sources, ignored)
     except ValidationError as error:
-        raise _in_words(error, str(path), ours, sources) from None
+        raise _input_error(error, str(path), ours, sources) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -73,11 +73,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)}: the key is there twice")
-    return found
+    return unique
 
 
 def _no_constant(name: str) -> float:
@@ -101,7 +101,7 @@ def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
         try:
             given[key.strip()] = json.loads(text, parse_constant=_no_constant)
         except ValueError:
-            given[key.strip()] = text  # a plain word needs no quotes
+            given[key.strip()] = text  # plain text needs no quotes
     return given
 
 
@@ -113,13 +113,13 @@ def _refuse_unknown(layer: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}: {key}: unknown key", hint)
 
 
-def _in_words(error: ValidationError, path: str, ours: dict[str, Any], sources: dict[str, str]) -> InputError:
+def _input_error(error: ValidationError, path: str, ours: dict[str, Any], sources: dict[str, str]) -> InputError:
     """The first problem in a line; the second line is its remedy, or the other keys that are wrong."""
     first = error.errors()[0]
     if first["type"] == "contradiction":
-        says, remedy = first["ctx"]["says"], first["ctx"]["remedy"]
-        overridden = [key for key in says.split() if sources.get(key, "").startswith("--set")]
-        return InputError(f"{path}{' with --set' if overridden else ''}: {says}", remedy or None)
+        problem, remedy = first["ctx"]["problem"], first["ctx"]["remedy"]
+        overridden = [key for key in problem.split() if sources.get(key, "").startswith("--set")]
+        return InputError(f"{path}{' with --set' if overridden else ''}: {problem}", remedy or None)
     key = str(first["loc"][0])
     others = list(dict.fromkeys(str(problem["loc"][0]) for problem in error.errors() if problem["loc"][0] != key))
     hint = f"also wrong: {', '.join(others)}" if others else None
@@ -146,8 +146,6 @@ def load_spec(path: str | Path, overrides: list[str] | None = None, *, announce:
     Raises:
         InputError: one line naming file, key, value and what was expected, and the nearest name of an unknown key.
     """
-    from anchor_cli.spec.load import read_spec
-
     reading = read_spec(path, overrides or [])
     if announce and reading.ignored:
         from anchor_cli.base.console import say

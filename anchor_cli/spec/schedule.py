@@ -1,4 +1,4 @@
-"""Steps and learning rate of a run: pure arithmetic (design §2).
+"""Steps and learning rate of a run: pure arithmetic.
 
 A *step* is one optimizer update. Steps are counted from 0: "step s" is the update that turns the weights after s
 updates into the weights after s + 1 updates, and a checkpoint named `checkpoint-N` holds the weights after N updates.

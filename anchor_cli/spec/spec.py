@@ -31,9 +31,9 @@ NOT_OF_THE_RESULT = frozenset(
 )
 
 
-def contradiction(key: str, says: str, remedy: str = "") -> PydanticCustomError:
+def contradiction(key: str, problem: str, remedy: str = "") -> PydanticCustomError:
     """Keys that cannot both hold; `key` is the one to change."""
-    return PydanticCustomError("contradiction", "{says}", {"says": says, "key": key, "remedy": remedy})
+    return PydanticCustomError("contradiction", "{problem}", {"problem": problem, "key": key, "remedy": remedy})
 
 
 class RunSpec(BaseModel):
