@@ -114,7 +114,7 @@ def _digest(told: str) -> str:
 
 def _age(source: Path) -> str:
     """Sizes and times of the source's files: a raw source that changed is prepared again."""
-    from anchor_cli.data.sources.sources import matching_files
+    from anchor_cli.data.sources.locate import matching_files
 
     files = sorted(source.rglob("*")) if source.is_dir() else matching_files(str(source))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]

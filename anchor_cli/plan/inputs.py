@@ -126,7 +126,8 @@ def place_of(data: str) -> Literal["prepared", "raw", "hub", "nowhere"]:
 
     ORG/NAME is a missing folder and no Hub id where a folder ORG is here.
     """
-    from anchor_cli.data.sources.sources import is_hub_id, matching_files
+    from anchor_cli.data.sources.locate import matching_files
+    from anchor_cli.data.sources.sources import is_hub_id
 
     path = Path(data).expanduser()
     if (path / MANIFEST).is_file():

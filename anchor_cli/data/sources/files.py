@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -89,7 +90,7 @@ RawPair = tuple[Any, Any, Any]
 
 
 def column_names(path: Path) -> list[str]:
-    """Names of a file's columns: its schema, its header, or the keys of its first 100 rows."""
+    """Names of a file's columns: its schema, its header, or the keys of its first objects."""
     kind = format_of(path)
     if kind in ("parquet", "arrow"):
         with _arrow_reader(path) as (schema, _):
@@ -97,18 +98,13 @@ def column_names(path: Path) -> list[str]:
     if kind in ("csv", "tsv"):
         with opened(path) as file:
             return next(csv_rows(file, path, Limits().quoted_characters), [])
-    names: dict[str, None] = {}
-    for index, row in enumerate(_first_objects(path)):
-        names.update(dict.fromkeys(row))
-        if index == 100:
-            break
-    return list(names)
+    return list(dict.fromkeys(name for row in first_objects(path) for name in row))
 
 
 def read_parts(path: Path, columns: Columns, limits: Limits) -> Iterator[Part]:
     """All rows of a file, in order."""
     kind = format_of(path)
-    if kind == "json" and not _is_array(path):
+    if kind == "json" and not _is_json_array(path):
         kind = "jsonl"
     if kind == "jsonl":
         with opened(path) as file:
@@ -198,31 +194,45 @@ def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[RawPair]
             yield tuple([*(row[index] for index in at), None][:3])  # type: ignore[misc]
 
 
-def _is_array(path: Path) -> bool:
+def _is_json_array(path: Path) -> bool:
+    if format_of(path) != "json":
+        return False
     with opened(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start.startswith(b"[")
 
 
 def _array_items(file: IO[bytes], path: Path) -> Iterator[Any]:
-    """Elements of one JSON array, decoded one after the other; bytes that are not UTF-8 are escaped."""
+    """Elements of the file's JSON arrays, one after the other; bytes that are not UTF-8 are escaped.
+
+    Several arrays, as `cat a.json b.json` makes them, are read like one.
+
+    Raises:
+        InputError: an array is not closed, or something that is no array follows one.
+    """
     decoder = json.JSONDecoder()
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
-    buffer, at, want, number = text.read(_BLOCK_BYTES).lstrip()[1:], 0, _BLOCK_BYTES, 0
+    buffer, at, want, number, inside = "", 0, _BLOCK_BYTES, 0, False
     while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,":
+        while at < len(buffer) and buffer[at] in " \t\r\n,\ufeff":
             at += 1
         try:
             if at == len(buffer):
                 raise ValueError("the array is not closed")
-            if buffer[at] == "]":
-                return
+            if buffer[at] == ("]" if inside else "["):
+                at, inside = at + 1, not inside
+                continue
+            if not inside:
+                what = f"{path}: {buffer[at : at + 20]!r} after the end of the array, which has {number:,} items"
+                raise InputError(what, "expected another array or the end of the file; is the file whole?")
             item, end = decoder.raw_decode(buffer, at)
             if end == len(buffer) and not isinstance(item, dict | list | str):
                 raise ValueError("a number may go on in the next block")
         except (ValueError, RecursionError) as error:
             more = text.read(want) if len(buffer) - at < _JSON_BUFFER else ""
             if not more:
+                if at == len(buffer) and not inside:
+                    return
                 raise InputError(f"{path}: item {number} is not JSON: {error}", "is the file whole?") from None
             buffer, at, want = buffer[at:] + more, 0, 2 * want  # doubling: a long element is not read again and again
             continue
@@ -232,22 +242,20 @@ def _array_items(file: IO[bytes], path: Path) -> Iterator[Any]:
             buffer, at, want = buffer[at:], 0, _BLOCK_BYTES
 
 
-def _first_objects(path: Path) -> Iterator[dict[str, Any]]:
-    if format_of(path) == "json" and _is_array(path):
-        with opened(path) as file:
-            yield from (item for item in _array_items(file, path) if isinstance(item, dict))
-        return
+def first_objects(path: Path, most: int = 100) -> list[dict[str, Any]]:
+    """The first JSON objects of an array, or of the first 1,000 lines."""
     with opened(path) as file:
-        for _ in range(1000):
-            line = file.readline(LONGEST_LINE)
-            if not line:
-                return
-            try:
-                item = json.loads(line.decode("utf-8-sig", "replace"))
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(item, dict):
-                yield item
+        items: Iterable[Any] = _array_items(file, path) if _is_json_array(path) else islice(_lines(file), 1000)
+        return list(islice((item for item in items if isinstance(item, dict)), most))
+
+
+def _lines(file: IO[bytes]) -> Iterator[Any]:
+    """What each line holds as JSON; None for a line that does not."""
+    while line := file.readline(LONGEST_LINE):
+        try:
+            yield json.loads(line.decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError):
+            yield None
 
 
 @contextmanager

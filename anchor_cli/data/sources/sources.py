@@ -21,12 +21,22 @@ from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
 from anchor_cli.base.hub import revision_of
 from anchor_cli.data.sources.file_bytes import format_of
-from anchor_cli.data.sources.files import Columns, Limits, Part, RawPair, column_names, read_parts, row_parts
+from anchor_cli.data.sources.files import (
+    Columns,
+    Limits,
+    Part,
+    RawPair,
+    column_names,
+    first_objects,
+    read_parts,
+    row_parts,
+)
+from anchor_cli.data.sources.locate import SPLITS_FILE, folder_files, matching_files
+from anchor_cli.data.sources.mistaken import is_blank, misplaced_rows, require_its_format
 from anchor_cli.data.sources.sizes import digest_and_rows
 
 QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
 DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
-_SPLITS = "dataset_dict.json"
 LANGUAGE_NAMES = ("language", "lang")
 _USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -132,17 +142,15 @@ def open_source(spec: str, options: SourceOptions) -> Source:
     if is_hub_id(spec):
         return _hub_source(spec, options)
     place = Path(spec).expanduser()
-    paths = _folder_files(place, options.split) if place.is_dir() else matching_files(spec)
+    paths = folder_files(place, options.split) if place.is_dir() else matching_files(spec)
     files = []
     for path in paths:
-        if format_of(path) is None:
-            known = "expected .jsonl .json .csv .tsv .parquet .arrow, plain, .gz or .zst"
-            raise InputError(f"{path}: unknown kind of file", known)
+        require_its_format(path)
         names = column_names(path)
-        if not names and len(paths) > 1:
+        if not names and len(paths) > 1 and is_blank(path):
             say(f"{path}: empty, passed over")
-            continue
-        files.append(PairFile(str(path), choose_columns(names, str(path), options), path))
+        else:
+            files.append(PairFile(str(path), _columns_of(path, names, options), path))
     fingerprint, rows_hint = digest_and_rows(paths)
     return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
 
@@ -153,17 +161,16 @@ def is_hub_id(spec: str) -> bool:
     return not here and _HUB_ID.fullmatch(spec) is not None and format_of(spec) is None
 
 
-def matching_files(spec: str) -> list[Path]:
-    """The file, or the files of a glob in order of name. Raises InputError when there is none."""
-    place = Path(spec).expanduser()
-    if place.is_file():
-        return [place]
-    if not glob.has_magic(spec):
-        raise InputError(f"{spec}: no such file or folder", _near_file(place))
-    paths = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
-    if not paths:
-        raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")
-    return paths
+def _columns_of(path: Path, names: Sequence[str], options: SourceOptions) -> Columns:
+    """`choose_columns` of a file. Raises InputError; for JSON that holds its rows elsewhere it says where."""
+    objects = first_objects(path, 2) if format_of(path) in ("json", "jsonl") else []
+    try:
+        columns = choose_columns(names, str(path), options)
+    except InputError as error:
+        raise (not is_blank(path) and misplaced_rows(path, objects, columns_fit=False)) or error from None
+    if problem := misplaced_rows(path, objects, columns_fit=True):
+        raise problem
+    return columns
 
 
 def check_split_options(specs: Sequence[str], options: SourceOptions) -> None:
@@ -173,7 +180,7 @@ def check_split_options(specs: Sequence[str], options: SourceOptions) -> None:
         InputError: it would change nothing.
     """
     hub = [spec for spec in specs if is_hub_id(spec)]
-    split = [spec for spec in specs if spec in hub or (Path(spec).expanduser() / _SPLITS).is_file()]
+    split = [spec for spec in specs if spec in hub or (Path(spec).expanduser() / SPLITS_FILE).is_file()]
     for option, value, having in (("split", options.split, split), ("subset", options.subset, hub)):
         without = [spec for spec in specs if spec not in having] if value is not None else []
         if without and not having:
@@ -230,40 +237,6 @@ def _report_guess(columns: Columns, where: str, options: SourceOptions) -> None:
         say(f"{where}: columns guessed: {line}")
 
 
-def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    if (folder / _SPLITS).is_file():
-        splits: list[str] = _json(folder / _SPLITS).get("splits", [])
-        chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
-        if chosen is None or chosen not in splits:
-            raise InputError(f"{folder}: which split: {', '.join(splits)}", "name one with --split NAME")
-        if split is None:
-            say(f"{folder}: split {chosen} of {', '.join(splits)}")
-        folder = folder / chosen
-    if (folder / "state.json").is_file():
-        state = _json(folder / "state.json")
-        if state.get("_indices_data_files"):
-            remedy = "load_from_disk(…).flatten_indices().save_to_disk(…) writes it anew"
-            raise InputError(f"{folder}: written by an old datasets, with an indices mapping", remedy)
-        paths = [folder / entry["filename"] for entry in state.get("_data_files", [])]
-        if missing := [path for path in paths if not path.is_file()]:
-            raise InputError(f"{missing[0]}: not found, but {folder / 'state.json'} names it", "is the folder whole?")
-        return paths
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path))
-    if not paths:
-        raise InputError(f"{folder}: no data in it", "expected a folder of datasets.save_to_disk, or of data files")
-    named = ", ".join(path.name for path in paths[:5])
-    say(f"{folder}: reading {len(paths)} file{'s' * (len(paths) > 1)}: {named}{', …' * (len(paths) > 5)}")
-    return paths
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _hub_source(spec: str, options: SourceOptions) -> Source:
     hub = HubSet(spec, options.subset, options.split or "train")
     say(f"{spec}: no such file here; reading split {hub.split} from the Hub")
@@ -275,10 +248,3 @@ def _hub_source(spec: str, options: SourceOptions) -> Source:
     name = f"{spec}[{hub.split}]"
     file = PairFile(name, choose_columns(names, name, options), None, hub)
     return Source(spec, [file], hashlib.sha256(identity.encode()).hexdigest(), sizes.get(hub.split))
-
-
-def _near_file(place: Path) -> str | None:
-    if not place.parent.is_dir():
-        return f"{place.parent} is no folder either"
-    near = nearest(place.name, [path.name for path in place.parent.iterdir()])
-    return f"did you mean {place.parent / near}?" if near else None
