@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from anchor_cli.commands.cli import run
 from anchor_cli.spec import aliases as compat
 from anchor_cli.spec import docs as spec_docs
 from anchor_cli.spec.load import load_spec, read_spec
-from anchor_cli.spec.spec import NOT_OF_THE_RESULT, RunSpec
+from anchor_cli.spec.spec import NOT_OF_THE_RESULT, OF_STAGE_II, RunSpec
+from anchor_cli.train.start import differences_that_matter
 
 REPOSITORY = Path(__file__).parents[1]
 LEAST = {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_file_path": "pairs"}
@@ -67,6 +69,8 @@ def write(folder: Path, spec: dict[str, Any]) -> Path:
 def test_the_keys_are_those_of_the_design() -> None:
     want = """model_name_or_path dataset_name dataset_file_path output_dir experiment_id
     max_seq_length pooling_mode instructions text_template reconstruction_targets d2q_weight q2d_weight
+    stage temperature in_batch_negatives negatives_group_size margin_strategy margin guide_model_name_or_path
+    hardness_mode hardness_strength matryoshka_dims matryoshka_weights kd_weight kd_temperature num_hard_negatives
     learning_rate num_train_epochs warmup_steps warmup_ratio max_steps stop_after_n_steps weight_decay max_grad_norm
     lr_scheduler_type seed per_device_train_batch_size gradient_accumulation_steps global_batch_size
     max_tokens_per_micro_batch precision attn_implementation gradient_checkpointing torch_compile deepspeed
@@ -247,6 +251,36 @@ MISTAKES: list[tuple[dict[str, Any], str, str | None]] = [
         "also wrong: lr_scheduler_type, seed",
     ),
     (
+        {"temperature": 0.05},
+        "temperature belongs to Stage II, but stage is I",
+        'take it out, or set "stage" to "II"',
+    ),
+    (
+        {"stage": "II", "q2d_weight": 0.5},
+        "q2d_weight belongs to Stage I, but stage is II",
+        'take it out, or set "stage" to "I"',
+    ),
+    (
+        {"stage": "II", "margin": 0.1},
+        "margin changes nothing without margin_strategy",
+        'add "margin_strategy": "absolute" or "relative"',
+    ),
+    (
+        {"stage": "II", "hardness_mode": "hard_negatives"},
+        "hardness_mode and hardness_strength need each other",
+        "give both, or neither",
+    ),
+    (
+        {"stage": "II", "matryoshka_dims": [64, 32], "matryoshka_weights": [1.0]},
+        "matryoshka_weights [1.0] are not one weight, not all 0, for each of matryoshka_dims [64, 32]",
+        None,
+    ),
+    (
+        {"stage": "II", "in_batch_negatives": "some"},
+        'in_batch_negatives: got "some", expected one of all, same_language, none',
+        None,
+    ),
+    (
         {"deepspeed": "zero2_bf61"},
         "deepspeed: zero2_bf61: no such config, expected a name in ds_configs/ or a file",
         "did you mean zero2_bf16?",
@@ -352,6 +386,20 @@ def test_a_spec_is_frozen_and_its_name_says_what_it_depends_on() -> None:
     other = spec.model_copy(update={"q2d_weight": 0.3})
     assert same.fingerprint == spec.fingerprint != other.fingerprint
     assert spec.model_copy(update={"experiment_id": "x"}).run_folder == Path("output/x")
+
+
+def test_stage_2_changes_neither_name_nor_resume_of_a_run_of_stage_1() -> None:
+    """Runs that began before there was a Stage II have none of its keys in their training state."""
+    spec = RunSpec(**LEAST)
+    before = {key: value for key, value in spec.model_dump().items() if key not in ("stage", *OF_STAGE_II)}
+    kept = {key: value for key, value in before.items() if key not in NOT_OF_THE_RESULT}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    assert spec.fingerprint == digest
+    assert differences_that_matter(before, spec.model_dump(), 32) == []
+    second = RunSpec(**LEAST, stage="II", temperature=0.05)
+    assert second.fingerprint != RunSpec(**LEAST, stage="II").fingerprint != spec.fingerprint
+    want = ['stage: "I" -> "II"', "temperature: 0.01 -> 0.05"]
+    assert differences_that_matter(before, second.model_dump(), 32) == want
 
 
 def test_the_global_batch_alone_is_enough() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from anchor_cli.base.contract import INSTRUCTION_KO, TEXT_TEMPLATE
+from anchor_cli.base.contract import INSTRUCTION_KO, TEXT_TEMPLATE, query_prefix
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import (
     SEPARATOR,
@@ -168,3 +168,10 @@ def test_ids_of_the_qwen_vocabulary() -> None:
     assert got.ids[:3].tolist() == [151644, 872, 198]  # <|im_start|> user \n, as published for Qwen3
     assert got.ids[-1] == 151645
     assert got.ids[got.content_start :].tolist() == [130092, 151645]  # " 한국" is one token, [EOS] is no content
+
+
+def test_an_instruction_that_ends_in_white_space_is_put_before_the_query_as_it_is() -> None:
+    """The prompt of plain sentence-transformers models: no template's head, no `; `."""
+    assert query_prefix("Find it") == "Find it; "
+    assert query_prefix("Instruct: find it\nQuery: ") == "Instruct: find it\nQuery: "
+    assert query_prefix(None) == query_prefix("") == ""

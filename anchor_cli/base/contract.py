@@ -57,6 +57,13 @@ class TextContract(BaseModel):
         return check_template(template)
 
 
+def query_prefix(instruction: str | None) -> str:
+    """What an instruction puts before a query: `{instruction}; `, or itself alone where it ends in white space."""
+    if not instruction or instruction[-1].isspace():
+        return instruction or ""
+    return f"{instruction}; "
+
+
 def check_template(template: str) -> str:
     """The template itself.
 

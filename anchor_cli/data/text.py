@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, check_template
+from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, check_template, query_prefix
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.base.hub import has_hub_form
 
@@ -191,7 +191,7 @@ class TextEncoder:
 
     def try_encode_batch(self, contents: Sequence[str], instruction: str | None) -> list[TokenisedText | None]:
         """As `encode_batch`, with None where there is no room for any content."""
-        head = f"{instruction}; " if instruction else ""
+        head = query_prefix(instruction)
         texts = [head + content for content in contents]
         stripped = [text.strip() for text in texts]
         templated = [f"{self._prefix}{text}{self.eos_token}" for text in stripped]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.checkpoints import TRAINING_STATE
-from anchor_cli.base.contract import TextContract
+from anchor_cli.base.contract import TextContract, query_prefix
 from anchor_cli.base.files import write_json
 from anchor_cli.base.metric_names import EVAL_PREFIX, STEP
 from anchor_cli.base.runs import RunFolder, read_json_lines
@@ -28,12 +28,10 @@ def prompts(contract: TextContract) -> dict[str, str]:
     """
     head = contract.text_template.split("{text}")[0]
 
-    def lead(instruction: str) -> str:
-        return f"{head}{instruction}; " if instruction else head
-
     named = contract.named_instructions
     usual = contract.training_instructions.get("*", next(iter(named.values())))
-    return {"query": lead(usual), "document": head} | {f"query_{code}": lead(text) for code, text in named.items()}
+    by_language = {f"query_{code}": head + query_prefix(text) for code, text in named.items()}
+    return {"query": head + query_prefix(usual), "document": head} | by_language
 
 
 def needs_own_pooling(contract: TextContract) -> bool:

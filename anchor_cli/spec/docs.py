@@ -19,6 +19,7 @@ REFERENCE_PATH = "docs/reference/spec.md"
 GROUPS: dict[str, str] = {
     "model_name_or_path": "Model, data, place",
     "max_seq_length": "Text and method",
+    "stage": "Stage II",
     "learning_rate": "Optimisation",
     "per_device_train_batch_size": "Batches",
     "precision": "Arithmetic",

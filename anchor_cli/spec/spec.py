@@ -21,6 +21,7 @@ Reporter = Literal["none", "wandb", "tensorboard"]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
 # What a run's result does not depend on: free to change between the starts of one experiment.
@@ -29,6 +30,13 @@ NOT_OF_THE_RESULT = frozenset(
     "gradient_checkpointing torch_compile deepspeed eval_steps eval_on_start eval_batch_size eval_data save_steps "
     "save_total_limit logging_steps report_to run_name".split()
 )
+
+OF_STAGE_I = ("reconstruction_targets", "d2q_weight", "q2d_weight")
+OF_STAGE_II = tuple(
+    "temperature in_batch_negatives negatives_group_size margin_strategy margin guide_model_name_or_path hardness_mode "
+    "hardness_strength matryoshka_dims matryoshka_weights kd_weight kd_temperature num_hard_negatives".split()
+)
+"""Keys that mean nothing in the other stage; there they must keep their defaults."""
 
 
 def contradiction(key: str, problem: str, remedy: str = "") -> PydanticCustomError:
@@ -63,7 +71,8 @@ class RunSpec(BaseModel):
     `last_token`)."""
     instructions: dict[str, str] | None = None
     """Query instruction by language, for data with a `language` column; `*` is any other language. Default: the Korean
-    instruction for every training row; Korean and English ones by language in evaluation."""
+    instruction for every training row; Korean and English ones by language in evaluation. `; ` follows it; the query
+    follows at once where it ends in white space, as in `Instruct: …\\nQuery: `."""
     text_template: str = TEXT_TEMPLATE
     """Text around `{text}`; what follows `{text}` is the closing special token, [EOS], and nothing else."""
     reconstruction_targets: Literal["text", "content"] = "text"
@@ -73,6 +82,39 @@ class RunSpec(BaseModel):
     """Weight of reconstructing the query from the document's embedding (D2Q)."""
     q2d_weight: NotNegative = 0.2
     """Weight of reconstructing the document from the query's embedding (Q2D)."""
+
+    # Stage II
+    stage: Literal["I", "II"] = "I"
+    """`I`: bidirectional reconstruction. `II`: contrastive training on queries, positives and their negatives."""
+    temperature: AboveZero = 0.01
+    """What cosines are divided by (InfoNCE)."""
+    in_batch_negatives: Literal["all", "same_language", "none"] = "all"
+    """Documents of other rows that a query is contrasted with: all of its block, those of its own language, or none."""
+    negatives_group_size: Positive | None = None
+    """Rows of a block: only documents of the own block are candidates. Default: the whole step. How many GPUs there are
+    does not matter."""
+    margin_strategy: Literal["absolute", "relative"] | None = None
+    """Drops candidates that the guide finds too similar to be negatives: above the positive's cosine - `margin`
+    (`absolute`), or above it x (1 - `margin`) (`relative`). null: none is dropped but texts of known positives."""
+    margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Margin of `margin_strategy`; below 0 candidates may be that much more similar than the positive."""
+    guide_model_name_or_path: Name | None = None
+    """Model that judges candidates for `margin_strategy`: a folder or Hub id. null: the trained model itself."""
+    hardness_mode: Literal["hard_negatives", "explicit_negatives", "in_batch_negatives", "all_negatives"] | None = None
+    """Candidates whose logit is raised by `hardness_strength` x cosine: the row's own negatives, every row's negatives,
+    all documents of other rows, or every candidate but the positive."""
+    hardness_strength: NotNegative = 0.0
+    """Strength of `hardness_mode`; no gradient flows through it."""
+    matryoshka_dims: list[Positive] | None = None
+    """Sizes at which the embedding's first dimensions are trained to work alone, such as [1024, 256, 64]."""
+    matryoshka_weights: list[NotNegative] | None = None
+    """Weight of each of `matryoshka_dims`. Default: all the same."""
+    kd_weight: NotNegative = 0.0
+    """Weight of distilling the rows' teacher `scores` (KL divergence over a row's own documents)."""
+    kd_temperature: AboveZero = 1.0
+    """Temperature of teacher and model in distillation."""
+    num_hard_negatives: Annotated[int, Field(ge=0)] | None = None
+    """At most so many of a row's negatives are used, the first ones. Default: all."""
 
     # optimisation
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4e-5
@@ -176,6 +218,33 @@ class RunSpec(BaseModel):
         return steps
 
     @model_validator(mode="after")
+    def _agrees_with_its_stage(self) -> RunSpec:
+        other, keys = ("II", OF_STAGE_II) if self.stage == "I" else ("I", OF_STAGE_I)
+        for key in keys:
+            if getattr(self, key) != RunSpec.model_fields[key].default:
+                remedy = f'take it out, or set "stage" to "{other}"'
+                raise contradiction(key, f"{key} belongs to Stage {other}, but stage is {self.stage}", remedy)
+        return self
+
+    @model_validator(mode="after")
+    def _contrasts_sensibly(self) -> RunSpec:
+        if self.margin_strategy is None:
+            for key in ("margin", "guide_model_name_or_path"):
+                if getattr(self, key):
+                    remedy = 'add "margin_strategy": "absolute" or "relative"'
+                    raise contradiction(key, f"{key} changes nothing without margin_strategy", remedy)
+        if (self.hardness_mode is None) != (self.hardness_strength == 0):
+            says = "hardness_mode and hardness_strength need each other"
+            raise contradiction("hardness_strength", says, "give both, or neither")
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is not None and (not dims or len(set(dims)) < len(dims)):
+            raise contradiction("matryoshka_dims", f"matryoshka_dims {dims} is empty or names a size twice")
+        if weights is not None and (dims is None or len(dims) != len(weights) or not sum(weights)):
+            says = f"matryoshka_weights {weights} are not one weight, not all 0, for each of matryoshka_dims {dims}"
+            raise contradiction("matryoshka_weights", says)
+        return self
+
+    @model_validator(mode="after")
     def _agrees_with_itself(self) -> RunSpec:
         if self.d2q_weight == 0 and self.q2d_weight == 0:
             raise contradiction("d2q_weight", "d2q_weight and q2d_weight are both 0: nothing would be learned")
@@ -219,6 +288,7 @@ class RunSpec(BaseModel):
         left_out = set(NOT_OF_THE_RESULT)
         if self.global_batch_size:
             left_out |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        left_out |= {"stage", *OF_STAGE_II} if self.stage == "I" else set(OF_STAGE_I)  # as before there was a Stage II
         kept = {key: value for key, value in self.model_dump().items() if key not in left_out}
         return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -47,8 +47,9 @@ def differences_that_matter(old: dict[str, Any], new: dict[str, Any], global_bat
     for key in new:
         if key in NOT_OF_THE_RESULT | _PATHS | _BATCH:
             continue
-        if old.get(key) != new[key]:
-            was, is_now = (json.dumps(value, ensure_ascii=False) for value in (old.get(key), new[key]))
+        before = old.get(key, RunSpec.model_fields[key].default)  # a key that was not there yet had its default
+        if before != new[key]:
+            was, is_now = (json.dumps(value, ensure_ascii=False) for value in (before, new[key]))
             found.append(f"{key}: {was} -> {is_now}")
     if new["global_batch_size"] is not None and new["global_batch_size"] != global_batch_size:
         found.append(f"global_batch_size: {global_batch_size} -> {new['global_batch_size']}")
