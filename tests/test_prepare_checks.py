@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchor_cli.base.errors import InputError
-from anchor_cli.data.prepare.checks import REASONS, Seen, canonical, row_language, text_fault
+from anchor_cli.data.prepare.checks import REASONS, Seen, row_language, text_fault
 from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.prepare.summary import PrepareSummary
+from anchor_cli.data.text import canonical
 
 __all__ = ["tokenizer_folder"]
 

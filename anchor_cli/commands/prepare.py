@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,6 +63,10 @@ def prepare(
     near_duplicates: Annotated[
         bool, typer.Option("--near-duplicates", help="Leave out nearly equal pairs too (MinHash; slower).")
     ] = False,
+    stage: Annotated[
+        Literal["I", "II"] | None,
+        typer.Option(help="II: keep hard negatives and teacher scores, too. [of --spec, else I]", show_default=False),
+    ] = None,
     max_characters: Annotated[int, typer.Option(min=1, help="Reject texts with more characters.")] = 1_000_000,
     as_json: AsJson = False,
 ) -> None:
@@ -79,6 +83,7 @@ def prepare(
     from anchor_cli.data.prepare.summary import print_summary
 
     contract = _contract_options(tokenizer, max_seq_length, text_template, instruction, spec)
+    stage_of_spec = contract.pop("stage")
     summary = prepare_pairs(
         sources,
         out,
@@ -95,6 +100,7 @@ def prepare(
             exclude_ngram=exclude_ngram,
             near_duplicates=near_duplicates,
             max_characters=max_characters,
+            negatives=(stage or stage_of_spec) == "II",
         ),
     )
     print_summary(summary, contract["max_seq_length"], console())
@@ -122,7 +128,7 @@ def _contract_options(
     spec: Path | None,
 ) -> dict[str, Any]:
     """What decides the token ids: the options, else the spec's values, else KURE's."""
-    options: dict[str, Any] = {"tokenizer": "Qwen/Qwen3-0.6B", "max_seq_length": 512}
+    options: dict[str, Any] = {"tokenizer": "Qwen/Qwen3-0.6B", "max_seq_length": 512, "stage": "I"}
     if spec is not None:
         from anchor_cli.spec.load import load_spec
 
@@ -133,6 +139,7 @@ def _contract_options(
             "text_template": run.text_template,
             "instructions": run.query_instructions,
             "training_instructions": run.training_instructions,
+            "stage": run.stage,
         }
     if instruction:
         options["training_instructions"] = _instructions(instruction)

@@ -7,6 +7,7 @@ is whole. Shapes: R rows of the set, n tokens of one text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,7 +21,7 @@ import pyarrow as pa
 from anchor_cli.base.contract import TextContract, differences, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.files import writer_of
-from anchor_cli.data.text import Int32Array
+from anchor_cli.data.text import Int32Array, canonical
 
 MANIFEST = "prepare.json"
 FORMAT = 1
@@ -38,6 +39,11 @@ NUMBER_COLUMNS = (
 )
 NOT_OF_THE_ROWS = frozenset({"pooling_mode", "instructions", "attention", "dtype"})
 """Keys of the contract that change no prepared row."""
+
+
+def text_key(text: str) -> int:
+    """64 bits, signed, of a text's canonical form: NFC, every run of white space one space."""
+    return int.from_bytes(hashlib.blake2b(canonical(text).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 class _Ids(NamedTuple):
@@ -144,6 +150,41 @@ class PreparedPairs:
         query, document = self._cells(row, ("query_content_start", "document_content_start"))
         return query, document
 
+    def language(self, row: int) -> str:
+        """Language of one row."""
+        return str(self.cell(row, "language"))
+
+    def has_column(self, name: str) -> bool:
+        """Whether the set was prepared with a column, such as those of negatives."""
+        return bool(self._batches) and name in self._batches[0].schema.names
+
+    def cell(self, row: int, name: str) -> Any:
+        """One value, as Python's."""
+        return self._cells(row, (name,))[0]
+
+    def list_cell(self, name: str, row: int, dtype: Any) -> npt.NDArray[Any]:
+        """One list of numbers, a view of the file."""
+        batch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        column, index = self._batches[batch].column(name), row - int(self._first_rows[batch])
+        offsets = _buffer(column.offsets, np.int32)
+        return _buffer(column.values, dtype)[offsets[index] : offsets[index + 1]]
+
+    def lists(self, name: str) -> tuple[npt.NDArray[np.int64], Int32Array]:
+        """A column of int32 lists: (R + 1,) offsets and all values."""
+        counts = [np.diff(_buffer(batch.column(name).offsets, np.int32)) for batch in self._batches]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts or [np.empty(0, np.int32)]))])
+        values = [_buffer(batch.column(name).values, np.int32) for batch in self._batches]
+        return offsets.astype(np.int64), np.concatenate(values or [np.empty(0, np.int32)])
+
+    def numbers(self, name: str, dtype: Any) -> npt.NDArray[Any]:
+        """(R,) a column of numbers."""
+        return np.concatenate([_buffer(batch.column(name), dtype) for batch in self._batches])
+
+    def strings(self, name: str) -> Iterator[str]:
+        """A column of texts, row by row."""
+        for batch in self._batches:
+            yield from batch.column(name).to_pylist()
+
     def _cells(self, row: int, names: tuple[str, ...]) -> list[Any]:
         batch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         index = row - int(self._first_rows[batch])
@@ -168,10 +209,14 @@ def _views(column: pa.ListArray) -> _Ids:
 
 
 def _int32(column: pa.Int32Array) -> Int32Array:
-    """An int32 column without nulls, not copied. `to_numpy` does the same and imports pandas for it (0.5 s)."""
+    return _buffer(column, np.int32)
+
+
+def _buffer(column: pa.Array, dtype: Any) -> npt.NDArray[Any]:
+    """A column of numbers without nulls, not copied. `to_numpy` does the same and imports pandas for it (0.5 s)."""
     if not len(column):
-        return np.empty(0, dtype=np.int32)
-    return np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column)]
+        return np.empty(0, dtype=dtype)
+    return np.frombuffer(column.buffers()[1], dtype=dtype)[column.offset : column.offset + len(column)]
 
 
 def _remedy(folder: Path) -> str:

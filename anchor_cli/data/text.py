@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def split_record(rec: str) -> tuple[str | None, str]:
     if not separator or (before and not before.endswith("; ")):
         raise InputError(f"not a record: {rec[:60]!r}, expected '{{instruction}}; {SEPARATOR}{{content}}'")
     return before[: -len("; ")] or None, content
+
+
+def canonical(text: str) -> str:
+    """NFC, outer white space gone, every run of white space one space: what is left equal is the same text."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def tokenizer_folder(folder: Path) -> Path:

@@ -82,6 +82,7 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
             text_template=contract.text_template,
             instructions=contract.instructions,
             training_instructions=contract.training_instructions,
+            negatives=spec.stage == "II",
             num_proc=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         )
     return folder
@@ -93,11 +94,12 @@ def _prepared_folder(spec: RunSpec, source: Path, contract: TextContract) -> Pat
     from anchor_cli.data.sources.sources import is_hub_id
 
     below = Path(spec.output_dir).expanduser() / "prepared"
+    kept = contract.model_dump_json() + (" with negatives" if spec.stage == "II" else "")
     if not is_hub_id(spec.dataset_file_path):
-        told = f"{source.absolute()}\n{_age(source)}\n{contract.model_dump_json()}"
+        told = f"{source.absolute()}\n{_age(source)}\n{kept}"
         name = re.sub(r"[*?\[\]]", "", source.name.split(".")[0]) or "files"
         return below / f"{name}-{_digest(told)}"
-    stem = f"{source.name}-{_digest(spec.dataset_file_path + contract.model_dump_json())}"
+    stem = f"{source.name}-{_digest(spec.dataset_file_path + kept)}"
     revision = revision_of(spec.dataset_file_path)
     if revision is not None:
         return below / f"{stem}-{revision[:12]}"

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import tempfile
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ REASONS = {
     "no_tokens": "the tokenizer makes no token of the content",
     "duplicate_pair": "the same query and document, character by character, came before",
     "same_query_same_document": "the same pair came before, in another Unicode form or with other white space",
+    "scores_unlike": "the teacher's scores are not one finite number for each of the row's documents",
     "near_duplicate": "a nearly equal query with a nearly equal document came before (--near-duplicates)",
 }
 """Every reason a row is rejected for, in the order in which it is looked for."""
@@ -65,11 +65,6 @@ def text_fault(value: Any, max_characters: int, *, escaped_bytes: bool = False) 
     if not value.isascii() and _SURROGATE.search(value):
         return "broken_utf8" if escaped_bytes and _ESCAPED_BYTE.search(value) else "lone_surrogate"
     return None if _VISIBLE.search(value) else "whitespace"
-
-
-def canonical(text: str) -> str:
-    """NFC, outer white space gone, every run of white space one space: what is left equal is the same text."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def row_language(given: Any, query: str, document: str) -> str | None:

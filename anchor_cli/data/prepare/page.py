@@ -103,6 +103,9 @@ def _cards(counts: dict[str, Any], limit: int) -> str:
         ("tokens to train on", f"{sum(tokens.values()):,}", f"{tokens['query']:,} of queries"),
         ("max_seq_length", f"{limit:,}", f"{100 * shares['document']:.1f} % of documents cut" if shares else ""),
     ]
+    if "negatives" in counts:
+        left_out = sum(counts["negatives"]["left_out"].values())
+        cards.append(("hard negatives", f"{counts['negatives']['kept']:,}", f"{left_out:,} left out"))
     return f'<div class="cards">{"".join(_card(*card) for card in cards)}</div>'
 
 

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def prepare(
         scratch.mkdir()
         leaks = _leak_folder(options, scratch)
         work = Work(str(tokenizer), contract, Limits(options.max_characters), leaks, options.near_duplicates)
+        work = replace(work, negatives=options.negatives)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
     summary.seconds = time.monotonic() - started
     return summary
@@ -128,10 +129,11 @@ def _write_all(
     sources = [open_source(spec, options) for spec in specs]
     check_split_options(specs, options)
     _require_language_columns(sources, work.contract)
+    work = replace(work, scores=options.negatives and _all_have_scores(sources))
     samples = _samples_by_weight(sources, options.weights, work.limits)
     hints = [sample.wanted if sample else source.rows_hint for source, sample in zip(sources, samples, strict=True)]
     total = None if None in hints else sum(hint for hint in hints if hint is not None)
-    keeper = _Keeper(staged, scratch, near=options.near_duplicates)
+    keeper = _Keeper(staged, scratch, work.schema, near=options.near_duplicates)
     names: deque[str] = deque()
     tasks = _tasks(sources, samples, work.limits, names)
     small = sum(source.num_bytes or _SMALL_BYTES for source in sources) < _SMALL_BYTES
@@ -147,9 +149,9 @@ def _write_all(
 class _Keeper:
     """Takes prepared rows in the order of the sources; leaves out duplicates; writes and counts the rest."""
 
-    def __init__(self, staged: Path, scratch: Path, *, near: bool) -> None:
+    def __init__(self, staged: Path, scratch: Path, schema: pa.Schema, *, near: bool) -> None:
         self._staged = staged
-        self._writer = ShardWriter(staged)
+        self._writer = ShardWriter(staged, schema)
         self._exact, self._canonical = Seen(scratch), Seen(scratch)
         self._bands = [Seen(scratch) for _ in range(BANDS)] if near else []
         self._rejected = open(staged / REJECTED_FILE, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
@@ -176,6 +178,7 @@ class _Keeper:
         self._tally.add(table, prepared.query_tokens[kept], prepared.document_tokens[kept])
         self._tally.num_in += prepared.num_in
         self._tally.num_left_out += prepared.num_left_out
+        self._tally.negatives_left_out += prepared.negatives_left_out
 
     def finish(self, out: Path, sources: list[Source], work: Work, options: Options) -> PrepareSummary:
         """Write the rest of the folder, what makes it load last: killed between, it is whole or does not load.
@@ -235,7 +238,7 @@ def _item(item: np.int64) -> int | None:
 
 
 def _source_entry(source: Source) -> dict[str, Any]:
-    files = [{"name": file.name, "columns": vars(file.columns)} for file in source.files]
+    files = [{"name": file.name, "columns": file.columns.as_dict()} for file in source.files]
     return {"source": source.spec, "fingerprint": source.fingerprint, "files": files}
 
 
@@ -262,6 +265,14 @@ def _require_language_columns(sources: list[Source], contract: TextContract) -> 
                     "only ko and en are decided by the script",
                     "name it with --language-column NAME",
                 )
+
+
+def _all_have_scores(sources: list[Source]) -> bool:
+    """Whether every file has a teacher's scores; with some of them, none is kept, and that is said."""
+    having = [bool(file.columns.scores) for source in sources for file in source.files]
+    if any(having) and not all(having):
+        say("teacher scores are left out: not every source has them")
+    return bool(having) and all(having)
 
 
 def _samples_by_weight(sources: list[Source], weights: Sequence[float], limits: Limits) -> list[EvenSample | None]:

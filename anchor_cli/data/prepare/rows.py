@@ -7,8 +7,9 @@ the rows before (duplicates) is decided in `prepare`, in the order of the source
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from anchor_cli.base.contract import TextContract
-from anchor_cli.data.prepare.checks import canonical, pair_key, row_language, text_fault
+from anchor_cli.data.prepare.checks import pair_key, row_language, text_fault
 from anchor_cli.data.prepare.leaks import LeakIndex
-from anchor_cli.data.prepare.shards import SCHEMA
+from anchor_cli.data.prepare.negatives import NegativeChecks, Negatives, encode_negatives, negative_columns
+from anchor_cli.data.prepare.shards import schema_of
 from anchor_cli.data.sources.files import Columns, Fault, Limits, Part, RawPair
-from anchor_cli.data.text import Int32Array, TextEncoder, TokenisedText, load_tokenizer
+from anchor_cli.data.text import Int32Array, TextEncoder, TokenisedText, canonical, load_tokenizer
 
 _ENCODE_CHARACTERS = 1 << 18  # an encoding takes some hundred bytes a character while it lives
 _ENCODE_TEXTS = 128
@@ -37,6 +39,15 @@ class Work:
     limits: Limits
     leak_folder: Path | None
     near_duplicates: bool
+    negatives: bool = False
+    """Keep hard negatives, for Stage II."""
+    scores: bool = False
+    """Keep a teacher's scores of them."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the prepared rows."""
+        return schema_of(negatives=self.negatives, scores=self.scores)
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class Prepared:
     near_keys: npt.NDArray[np.uint64] | None  # (R, bands)
     query_tokens: Int32Array  # (R,) before truncation
     document_tokens: Int32Array  # (R,) before truncation
+    negatives_left_out: Counter[str]
 
 
 @dataclass
@@ -101,6 +113,7 @@ class _Pair:
     document: str
     language: str
     canonical_key: int
+    negatives: Negatives
 
 
 class RowMaker:
@@ -112,6 +125,10 @@ class RowMaker:
         self._encoder = TextEncoder(tokenizer, work.contract.text_template, work.contract.max_seq_length)
 
     @cached_property
+    def _negative_checks(self) -> NegativeChecks:
+        return NegativeChecks(self._work.limits.characters, self._leaks)
+
+    @cached_property
     def _leaks(self) -> LeakIndex | None:
         return None if self._work.leak_folder is None else LeakIndex.load(self._work.leak_folder)
 
@@ -120,22 +137,27 @@ class RowMaker:
         rejected: list[Rejected] = []
         pairs: list[_Pair] = []
         num_in = num_left_out = 0
-        for row, item, query, document, language in self._items(task):
+        for row, item, query, document, language, extra in self._items(task):
             if task.sample is not None and not task.sample.takes(task.first_in_source + row - task.part.first_row):
                 num_left_out += 1
                 continue
             num_in += 1
-            checked = self._check(row, item, query, document, language, escaped=task.part.kind == "rows")
+            escaped = task.part.kind == "rows"
+            checked = self._check(row, item, query, document, language, escaped=escaped)
+            if isinstance(checked, _Pair) and task.columns.extra:
+                negatives = self._negative_checks(task.columns, extra, query, document, escaped)
+                unlike = Rejected(row, item, "scores_unlike", None)
+                checked = unlike if negatives is None else replace(checked, negatives=negatives)
             (rejected if isinstance(checked, Rejected) else pairs).append(checked)  # type: ignore[arg-type]
         return self._prepared(num_in, num_left_out, rejected, pairs)
 
-    def _items(self, task: Task) -> Iterator[tuple[int, int | None, Any, Any, Any]]:
-        for row, (query, document, language) in _rows_of(task.part, task.columns):
+    def _items(self, task: Task) -> Iterator[tuple[int, int | None, Any, Any, Any, Sequence[Any]]]:
+        for row, (query, document, language, *extra) in _rows_of(task.part, task.columns):
             if isinstance(document, list | tuple) and document:
                 for item, one in enumerate(document):
-                    yield row, item, query, one, language
+                    yield row, item, query, one, language, extra
             else:
-                yield row, None, query, "" if document == [] else document, language
+                yield row, None, query, "" if document == [] else document, language, extra
 
     def _check(
         self, row: int, item: int | None, query: Any, document: Any, language: Any, escaped: bool
@@ -156,7 +178,7 @@ class RowMaker:
             for side, text in (("query", query), ("document", document)):
                 if (leak := self._leaks.find(text)) is not None:
                     return Rejected(row, item, leak.reason, side, leak.benchmark)
-        return _Pair(row, item, query, document, language, pair_key(same_query, same_document))
+        return _Pair(row, item, query, document, language, pair_key(same_query, same_document), Negatives())
 
     def _instruction(self, language: str) -> str | None:
         known = self._contract.training_instructions
@@ -215,6 +237,14 @@ class RowMaker:
         columns = [pa.array(column, pa.string()) for column in texts]
         columns += [_ids_column(side, length) for side, length in zip(sides, lengths, strict=True)]
         columns += [pa.array(column) for column in (*lengths, *starts, *inner)]
+        left_out: Counter[str] = Counter()
+        if self._work.negatives:
+            rows = [pair.negatives for pair in pairs]
+            tokens = encode_negatives(rows, lambda texts: self._encode(texts, None))
+            both = [(pair.query, pair.document) for pair in pairs]
+            columns += negative_columns(both, rows, tokens, self._work.scores)
+            for row in rows:
+                left_out += row.left_out
         near = None
         if self._work.near_duplicates:
             from anchor_cli.data.prepare.near import near_keys
@@ -224,7 +254,7 @@ class RowMaker:
             num_in,
             num_left_out,
             rejected,
-            pa.Table.from_arrays(columns, schema=SCHEMA),
+            pa.Table.from_arrays(columns, schema=self._work.schema),
             np.array([pair.row for pair in pairs], dtype=np.int64),
             np.array([-1 if pair.item is None else pair.item for pair in pairs], dtype=np.int64),
             np.array([pair_key(pair.query, pair.document) for pair in pairs], dtype=np.uint64),
@@ -232,6 +262,7 @@ class RowMaker:
             near,
             np.array([text.num_tokens for text in sides[0]], dtype=np.int32),
             np.array([text.num_tokens for text in sides[1]], dtype=np.int32),
+            left_out,
         )
 
 
@@ -255,7 +286,8 @@ def _rows_of(part: Part, columns: Columns) -> Iterator[tuple[int, RawPair]]:
         nothing = [None] * table.num_rows
         languages = values[columns.language] if columns.language else nothing
         texts = values[columns.query], values[columns.document]
-        yield from enumerate(zip(*texts, languages, strict=True), part.first_row)
+        extra = [values[name] for name in columns.extra]
+        yield from enumerate(zip(*texts, languages, *extra, strict=True), part.first_row)
 
 
 def _json_row(line: bytes, columns: Columns) -> RawPair:

@@ -23,19 +23,41 @@ BATCH_ROWS = 2048
 BATCH_BYTES = 32 << 20
 SHARD_BYTES = 512 << 20
 
-_FEATURES: dict[str, Any] = {
-    **{name: {"dtype": "string", "_type": "Value"} for name in TEXT_COLUMNS},
-    **{name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"} for name in ID_COLUMNS},
-    **{name: {"dtype": "int32", "_type": "Value"} for name in NUMBER_COLUMNS},
+NEGATIVE_COLUMNS: dict[str, pa.DataType] = {
+    "negatives": pa.list_(pa.string()),
+    "negative_ids": pa.list_(pa.int32()),  # of all negatives of the row, one after the other
+    "negative_lengths": pa.list_(pa.int32()),
+    "negative_content_starts": pa.list_(pa.int32()),
+    "query_key": pa.int64(),  # `pairs.text_key`: equal for the same text
+    "document_key": pa.int64(),
+    "negative_keys": pa.list_(pa.int64()),
 }
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in TEXT_COLUMNS),
-        *((name, pa.list_(pa.int32())) for name in ID_COLUMNS),
-        *((name, pa.int32()) for name in NUMBER_COLUMNS),
-    ],
-    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
-)
+"""Columns of Stage II, after those of pairs."""
+SCORES = "scores"
+"""Column of a teacher's scores: of the positive, then of the negatives."""
+
+
+def schema_of(*, negatives: bool = False, scores: bool = False) -> pa.Schema:
+    """The columns of a prepared set, with what `datasets` wants to know of them."""
+    columns: dict[str, pa.DataType] = {
+        **dict.fromkeys(TEXT_COLUMNS, pa.string()),
+        **dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
+        **dict.fromkeys(NUMBER_COLUMNS, pa.int32()),
+        **(NEGATIVE_COLUMNS if negatives else {}),
+        **({SCORES: pa.list_(pa.float32())} if scores else {}),
+    }
+    features = json.dumps({"info": {"features": {name: _feature(kind) for name, kind in columns.items()}}})
+    return pa.schema(list(columns.items()), metadata={"huggingface": features})
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "Sequence"}
+    return {"dtype": {"float": "float32"}.get(str(kind), str(kind)), "_type": "Value"}
+
+
+SCHEMA = schema_of()
+"""Of pairs alone, as Stage I needs them."""
 
 
 class _HashingFile:
@@ -65,10 +87,10 @@ class _HashingFile:
 
 
 class ShardWriter:
-    """Writes tables of `SCHEMA` into `folder`; `finish` names the files, `describe` is for `load_from_disk`."""
+    """Writes tables of `schema` into `folder`; `finish` names the files, `describe` is for `load_from_disk`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, schema: pa.Schema = SCHEMA) -> None:
+        self._folder, self._schema = folder, schema
         self._pending: list[pa.Table] = []
         self._pending_rows = self._pending_bytes = 0
         self._files: list[_HashingFile] = []
@@ -130,11 +152,11 @@ class ShardWriter:
             self._open_shard()
         assert self._stream is not None
         columns = [_exact(column.combine_chunks()) for column in table.columns]
-        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
 
     def _open_shard(self) -> None:
         self._files.append(_HashingFile(self._folder / f"shard-{len(self._files):05d}.part"))
-        self._stream = pa.ipc.new_stream(pa.PythonFile(self._files[-1], mode="w"), SCHEMA)
+        self._stream = pa.ipc.new_stream(pa.PythonFile(self._files[-1], mode="w"), self._schema)
 
     def _close_shard(self) -> None:
         if self._stream is not None:
@@ -153,20 +175,21 @@ class ShardWriter:
             "_output_all_columns": False,
             "_split": None,
         }
-        info = {"citation": "", "description": "", "features": _FEATURES, "homepage": "", "license": ""}
+        features = {field.name: _feature(field.type) for field in self._schema}
+        info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
         write_json(self._folder / "dataset_info.json", info)
         write_json(self._folder / "state.json", state)
 
 
 def _exact(column: pa.Array) -> pa.Array:
     """The same values in buffers of exactly their size: Arrow writes the spare bytes of a buffer too."""
-    if pa.types.is_integer(column.type):
+    if pa.types.is_primitive(column.type):
         return pa.array(column.to_numpy())
     offsets = np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column) + 1]
     offsets = offsets if len(offsets) else np.zeros(1, dtype=np.int32)
     begin, end = int(offsets[0]), int(offsets[-1])
     if pa.types.is_list(column.type):
-        values = pa.array(column.values.to_numpy()[begin:end])
+        values = _exact(column.values[begin:end])
         return pa.ListArray.from_arrays(pa.array(offsets - begin), values, type=column.type)
     data = (column.buffers()[2] or pa.py_buffer(b"")).slice(begin, end - begin)
     return pa.StringArray.from_buffers(len(column), pa.py_buffer(offsets - begin), data)
@@ -179,4 +202,20 @@ def _row_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
         total += pa.compute.binary_length(table.column(name)).to_numpy()
     for name in ("query_length", "document_length"):
         total += 4 * table.column(name).to_numpy().astype(np.int64)
+    for name in table.column_names:
+        if name in NEGATIVE_COLUMNS or name == SCORES:
+            total += _bytes_of(table.column(name).combine_chunks())
     return total
+
+
+def _bytes_of(column: pa.Array) -> npt.NDArray[np.int64]:
+    """(rows,) bytes of the values of a column of numbers or lists."""
+    if not pa.types.is_list(column.type):
+        return np.full(len(column), column.type.bit_width // 8, dtype=np.int64)
+    lengths = pa.compute.list_value_length(column).to_numpy().astype(np.int64)
+    if not pa.types.is_string(column.type.value_type):
+        return np.asarray(lengths * (column.type.value_type.bit_width // 8))
+    ends = np.concatenate([[0], np.cumsum(pa.compute.binary_length(column.flatten()).to_numpy())]).astype(np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    sizes: npt.NDArray[np.int64] = ends[bounds[1:]] - ends[bounds[:-1]]
+    return sizes

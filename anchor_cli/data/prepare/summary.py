@@ -46,6 +46,11 @@ class Tally:
     )
     """By side: how many kept texts have n tokens before truncation, for each n."""
 
+    num_negatives: int | None = None
+    """Hard negatives kept; None where none were asked for."""
+    rows_by_negatives: Counter[int] = field(default_factory=Counter)
+    negatives_left_out: Counter[str] = field(default_factory=Counter)
+
     def add(self, table: pa.Table, query_tokens: Int32Array, document_tokens: Int32Array) -> None:
         """Count kept rows; the arrays are (rows,) lengths before truncation."""
         self.num_kept += table.num_rows
@@ -59,6 +64,11 @@ class Tally:
             grown[: len(counts)] += counts
             self.lengths[side] = grown
             self.tokens[side] += pc.sum(table.column(f"{side}_length")).as_py()
+        if "negative_lengths" in table.column_names:
+            lengths = table.column("negative_lengths")
+            self.rows_by_negatives.update(pc.list_value_length(lengths).to_pylist())
+            self.num_negatives = sum(num * rows for num, rows in self.rows_by_negatives.items())
+            self.tokens["negative"] += pc.sum(pc.list_flatten(lengths)).as_py() or 0
         for entry in pc.value_counts(table.column("language")).to_pylist():
             self.languages[entry["values"]] += entry["counts"]
 
@@ -79,6 +89,14 @@ class Tally:
                 str(limit): {side: share_longer(self.lengths[side], limit) for side in SIDES} for limit in THRESHOLDS
             },
             "histogram": {side: histogram(self.lengths[side]) for side in SIDES},
+        } | ({} if self.num_negatives is None else {"negatives": self._negatives()})
+
+    def _negatives(self) -> dict[str, Any]:
+        return {
+            "kept": self.num_negatives,
+            "tokens": self.tokens["negative"],
+            "rows_with": {str(num): self.rows_by_negatives[num] for num in sorted(self.rows_by_negatives)},
+            "left_out": dict(sorted(self.negatives_left_out.items())),
         }
 
 
@@ -165,6 +183,11 @@ def print_summary(summary: PrepareSummary, max_seq_length: int, out: Console) ->
         table.add_row(f"language {language}", f"{num:,}", _percent(num, tally.num_kept))
     for side in SIDES:
         table.add_row(f"{side} tokens", f"{tally.tokens[side]:,}", "to train on, template and [EOS] included")
+    if "negatives" in told:
+        rows = told["negatives"]["rows_with"]
+        table.add_row("negatives", f"{tally.num_negatives:,}", f"{min(map(int, rows))} to {max(map(int, rows))} a row")
+        for reason, num in told["negatives"]["left_out"].items():
+            table.add_row(f"  {reason}", f"{num:,}", "left out of its row", style="dim")
     out.print(table, crop=False)
     out.print()
     out.print(_length_table(told, max_seq_length), crop=False)

@@ -55,16 +55,30 @@ class Columns:
     query: str
     document: str
     language: str | None = None
+    negatives: tuple[str, ...] = ()
+    """Hard negatives: a column of lists, or one column for each place. Read for Stage II only."""
+    scores: tuple[str, ...] = ()
+    """A teacher's scores of positive and negatives."""
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.query, self.document, self.language) if name is not None]
+        return [name for name in (self.query, self.document, self.language, *self.extra) if name is not None]
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """What a row has beyond (query, document, language)."""
+        return (*self.negatives, *self.scores)
 
     def of(self, row: Any) -> RawPair:
-        """(query, document, language) of an object; faults for anything else."""
+        """(query, document, language, extra …) of an object; faults for anything else."""
         if not isinstance(row, dict):
             return (Fault("unreadable"),) * 3
-        return row.get(self.query), row.get(self.document), row.get(self.language) if self.language else None
+        language = row.get(self.language) if self.language else None
+        return row.get(self.query), row.get(self.document), language, *(row.get(name) for name in self.extra)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {key: value for key, value in vars(self).items() if value != ()}
 
 
 @dataclass(frozen=True)
@@ -85,8 +99,8 @@ class Part:
     num_rows: int
 
 
-RawPair = tuple[Any, Any, Any]
-"""(query, document, language) as the file has them, or `Fault`s."""
+RawPair = tuple[Any, ...]
+"""(query, document, language, and `Columns.extra`) as the file has them, or `Fault`s."""
 
 
 def column_names(path: Path) -> list[str]:
@@ -191,7 +205,7 @@ def _csv_pairs(rows: Iterator[list[str]], columns: Columns) -> Iterator[RawPair]
         if len(row) != len(header):
             yield (Fault("unreadable"),) * 3
         else:
-            yield tuple([*(row[index] for index in at), None][:3])  # type: ignore[misc]
+            yield columns.of(dict(zip(columns.names, (row[index] for index in at), strict=True)))
 
 
 def _is_json_array(path: Path) -> bool:

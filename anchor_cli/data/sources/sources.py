@@ -38,6 +38,8 @@ from anchor_cli.data.sources.sizes import digest_and_rows
 QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
 DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
 LANGUAGE_NAMES = ("language", "lang")
+MINED_SCORES = ("positive_score", "negative_scores")
+_NEGATIVE = re.compile(r"negative(_\d+)?")
 _USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -128,6 +130,8 @@ class SourceOptions:
     language_column: str | None = None
     split: str | None = None
     subset: str | None = None
+    negatives: bool = False
+    """Read hard negatives and teacher scores, too, where a source has them."""
     reported: set[str] = field(default_factory=set)
     """Guesses that were printed already."""
 
@@ -210,9 +214,17 @@ def choose_columns(names: Sequence[str], where: str, options: SourceOptions) -> 
     query = query or _only(QUERY_NAMES, names, document, where, "query")
     document = document or _only(DOCUMENT_NAMES, names, query, where, "document")
     language = options.language_column or next((name for name in LANGUAGE_NAMES if name in names), None)
-    columns = Columns(query, document, language)
+    columns = Columns(query, document, language, *(_negatives_and_scores(names) if options.negatives else ()))
     _report_guess(columns, where, options)
     return columns
+
+
+def _negatives_and_scores(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`negatives`, else `negative`, `negative_1`, `negative_2`, … by number; `scores`, else mined scores."""
+    numbered = sorted((name for name in names if _NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:] or 0))
+    negatives = ("negatives",) if "negatives" in names else tuple(numbered)
+    mined = MINED_SCORES if set(MINED_SCORES) <= set(names) else ()
+    return negatives, ("scores",) if "scores" in names else mined
 
 
 def _only(likely: Sequence[str], names: Sequence[str], other: str | None, where: str, side: str) -> str:
@@ -231,6 +243,10 @@ def _report_guess(columns: Columns, where: str, options: SourceOptions) -> None:
         guessed.append(f"document = {columns.document}")
     if options.language_column is None and columns.language is not None:
         guessed.append(f"language = {columns.language}")
+    if columns.negatives:
+        guessed.append(f"negatives = {' '.join(columns.negatives)}")
+    if columns.scores:
+        guessed.append(f"scores = {' '.join(columns.scores)}")
     line = ", ".join(guessed)
     if line and line not in options.reported:
         options.reported.add(line)
