@@ -27,6 +27,8 @@ def contract_for(spec: RunSpec) -> TextContract:
     Raises:
         InputError: no tokenizer, or the model is a checkpoint or export that was trained under another contract.
     """
+    if spec.stage == "II":
+        raise InputError("stage: II: this version prepares its data, but does not train it yet")
     contract = contract_with(
         load_tokenizer(spec.model_name_or_path),
         text_template=spec.text_template,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.prepare.checks import canonical
+from anchor_cli.data.text import canonical
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]

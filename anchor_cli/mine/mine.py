@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from anchor_cli.base.console import progress
 from anchor_cli.base.files import write_json
-from anchor_cli.data.prepare.checks import canonical
+from anchor_cli.data.text import canonical
 from anchor_cli.mine.corpus import Corpus
 from anchor_cli.mine.search import QUERIES_A_BLOCK, cosines, nearest_of_block
 from anchor_cli.mine.select import Rules, choose, is_near_duplicate
