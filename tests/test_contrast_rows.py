@@ -14,7 +14,7 @@ from test_prepare import same_folders
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.contrast_rows import ContrastData
 from anchor_cli.data.pairs import PreparedPairs, text_key
-from anchor_cli.data.prepare.prepare import prepare
+from anchor_cli.data.prepare.prepare import Options, prepare
 
 __all__ = ["tokenizer_folder"]
 ROWS: list[dict[str, Any]] = [
@@ -37,7 +37,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def prepared(folder: Path, rows: list[dict[str, Any]], tokenizer: Path, **options: Any) -> PreparedPairs:
     source = write(folder / "rows.jsonl", rows)
-    prepare([source], folder / "out", tokenizer=tokenizer, max_seq_length=64, negatives=True, **options)
+    negatives = Options(negatives=True, **options)
+    prepare([source], folder / "out", tokenizer=tokenizer, max_seq_length=64, options=negatives)
     return PreparedPairs.open(folder / "out")
 
 
@@ -137,7 +138,7 @@ def test_mined_scores_and_a_leaked_negative(tmp_path: Path, tokenizer_folder: Pa
     write(benchmark / "queries.jsonl", [{"_id": "q", "text": "where are words"}])
     (benchmark / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\t1\t1\n")
     rows = [{**ROWS[0], "positive_score": 0.9, "negative_scores": [0.5, 0.4, 0.3]}]
-    pairs = prepared(tmp_path, rows, tokenizer_folder, exclude=[str(benchmark)])
+    pairs = prepared(tmp_path, rows, tokenizer_folder, exclude=(str(benchmark),))
     data = ContrastData(pairs)
     assert data.negative_texts(0) == ["in trees", "on the moon"]
     assert pairs.manifest["counts"]["negatives"]["left_out"] == {"leak_document": 1}
@@ -148,7 +149,7 @@ def test_mined_scores_and_a_leaked_negative(tmp_path: Path, tokenizer_folder: Pa
 def test_pairs_without_negatives_serve_too(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{key: row[key] for key in ("anchor", "positive")} for row in ROWS])
     prepare([source], tmp_path / "I", tokenizer=tokenizer_folder, max_seq_length=64)
-    prepare([source], tmp_path / "II", tokenizer=tokenizer_folder, max_seq_length=64, negatives=True)
+    prepare([source], tmp_path / "II", tokenizer=tokenizer_folder, max_seq_length=64, options=Options(negatives=True))
     first, second = (ContrastData(PreparedPairs.open(tmp_path / name)).step(np.arange(4)) for name in ("I", "II"))
     assert first.known_positives.tolist() == second.known_positives.tolist()
     assert first.first.tolist() == second.first.tolist() == [0, 1, 2, 3, 4]
@@ -168,7 +169,9 @@ def test_the_same_bytes_whatever_num_proc_with_negatives(
     ]
     source = write(tmp_path / "rows.jsonl", rows)
     for num in (1, 2):
-        prepare([source], tmp_path / str(num), tokenizer=tokenizer_folder, negatives=True, num_proc=num)
+        prepare(
+            [source], tmp_path / str(num), tokenizer=tokenizer_folder, options=Options(negatives=True), num_proc=num
+        )
     assert same_folders(tmp_path / "1", tmp_path / "2")
     data = ContrastData(PreparedPairs.open(tmp_path / "1"))
     assert data.counts.tolist() == [k % 8 for k in range(5000)]
@@ -181,4 +184,4 @@ def test_a_set_whose_negatives_column_is_no_list_of_texts(tmp_path: Path, tokeni
     assert pairs.manifest["counts"]["negatives"]["left_out"] == {"missing": 1, "not_a_string": 2}
     with pytest.raises(InputError, match="no row is left"):
         source = write(tmp_path / "bad.jsonl", [{**rows[0], "scores": [1.0]}])
-        prepare([source], tmp_path / "bad", tokenizer=tokenizer_folder, negatives=True)
+        prepare([source], tmp_path / "bad", tokenizer=tokenizer_folder, options=Options(negatives=True))

@@ -73,7 +73,7 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
         return source
     folder = _prepared_folder(spec, source, contract)
     if not (folder / MANIFEST).is_file():
-        from anchor_cli.data.prepare.prepare import prepare
+        from anchor_cli.data.prepare.prepare import Options, prepare
 
         say(f"{source}: raw data; preparing it once into {folder}")
         prepare(
@@ -84,8 +84,8 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
             text_template=contract.text_template,
             instructions=contract.instructions,
             training_instructions=contract.training_instructions,
-            negatives=spec.stage == "II",
             num_proc=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+            options=Options(negatives=spec.stage == "II"),
         )
     return folder
 
