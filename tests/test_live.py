@@ -26,7 +26,7 @@ RECORD = {
     "train/learning_rate": 3.2e-5, "train/grad_norm": 0.71, "perf/pairs_per_s": 812.3, "perf/tokens_per_s": 190123.4,
     "perf/mfu": 0.423, "perf/peak_memory_gb": 71.3,
 }  # fmt: skip
-EXTRA = {"eval/avg/ndcg@10": 0.4711, "saved": 12000, "total_memory_gb": 93.6}
+EXTRA = {"eval/avg/ndcg@10": 0.4711, "saved": 12000, "total_gb": 93.6}
 SHORT = "loss D2Q 1.250 Q2D 2.500  lr 3.2e-05  nDCG@10 0.471  812.3 pairs/s  MFU 42.3%"
 LONG = SHORT + "  norm 0.71  190,123 tokens/s  71.3/94 GB  saved 12,000"
 
