@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from anchor_cli.report.read import Event, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, SOFT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-COLOURS = ("#0b69c7", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0c8599", "#846358", "#5c940d")
-"""Line colours in order of use, each with contrast 4:1 or more on white."""
 EVENT_COLOURS = {"resume": "#7048e8", "stop": "#868e96", "incident": "#c92a2a", "checkpoint_failed": "#e67700"}
 _PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
 MAX_POINTS = 900
@@ -92,7 +92,7 @@ def running_median(values: Sequence[float], width: int) -> list[float]:
     return [statistics.median(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
 
 
-def render(chart: Chart, name: str) -> str:
+def svg(chart: Chart, name: str) -> Markup:
     """The chart as an `<svg>` element whose ids start with `name` (several SVGs share one page)."""
     with _style():
         from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ def render(chart: Chart, name: str) -> str:
             figure.subplots_adjust(left=0.04, right=0.992, top=0.92, bottom=0.125)
         else:
             figure.subplots_adjust(left=0.085, right=0.985, top=0.9, bottom=0.15)
-        return _svg(figure, name)
+        return Markup(_inline(figure, name))
 
 
 def _draw_line(axes: Axes, chart: Chart, line: Line) -> None:
@@ -210,40 +210,6 @@ def _mark_best(axes: Axes, chart: Chart) -> None:
             )  # fmt: skip
 
 
-def bars(bins: Sequence[Sequence[int]], colour: str, unit: str, name: str, mark: float | None = None) -> str:
-    """A bar chart of [from, to, count] bins, as `<svg>`; the last bin is drawn as wide as the first, its start labelled
-    `N+`. `mark` is a line at a value on the axis, as max_seq_length."""
-    with _style():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-
-        figure = Figure(figsize=(6.4, 2.5))
-        axes = figure.subplots()
-        starts = [float(entry[0]) for entry in bins]
-        width = starts[1] - starts[0] if len(starts) > 1 else 1.0
-        is_open = len(bins) > 1 and bins[-1][1] - bins[-1][0] + 1 != width
-        faces = [colour] * (len(bins) - 1) + ([SOFT] if is_open else [colour])
-        counts = [entry[2] for entry in bins]
-        axes.bar(starts, counts, width, align="edge", color=faces, edgecolor="white", linewidth=0.8)
-        every = -(-len(starts) // 8)
-        ticks = [start for start in starts[::every] if not (is_open and start == starts[-1])]
-        axes.set_xticks([*ticks, starts[-1]] if is_open else ticks)
-        axes.set_xticklabels([f"{tick:,.0f}" for tick in ticks] + ([f"{starts[-1]:,.0f}+"] if is_open else []))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-        axes.set_xlim(starts[0], starts[-1] + width)
-        axes.set_ylim(0, 1.14 * max(counts))
-        if mark is not None and starts[0] < mark < starts[-1] + width:
-            axes.axvline(mark, color=INK, linewidth=1.0, linestyle=":")
-            axes.annotate(
-                f"max_seq_length {mark:,.0f}", (mark, 0.97), xycoords=("data", "axes fraction"),
-                xytext=(4, 0), textcoords="offset points", va="top", fontsize=8, color=INK, bbox=_PLATE,
-            )  # fmt: skip
-        axes.set_xlabel("tokens")
-        axes.set_title(unit, loc="left")
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.88, bottom=0.19)
-        return _svg(figure, name)
-
-
 @contextmanager
 def _style() -> Iterator[None]:
     import logging
@@ -278,7 +244,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _svg(figure: Any, name: str) -> str:
+def _inline(figure: Any, name: str) -> str:
     """Inline `<svg>`: no XML head, no fixed size, ids prefixed, the page's fonts."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""What `anchor prepare` counted: as a table and histograms for a terminal, as JSON, and for the report page.
+"""The counts of `anchor prepare`: as a table and histograms for a terminal, as JSON, and for the report page.
 
 Percentiles are exact: every length has its own count. Lengths are tokens with template and [EOS], before truncation;
 `tokens` are what training will read, after it.
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from anchor_cli.data.prepare.checks import REASONS
 from anchor_cli.data.text import Int32Array
+from anchor_cli.report.lengths import Bin, bins_of, round_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,14 +125,14 @@ def length_summary(counts: npt.NDArray[np.int64]) -> dict[str, float]:
         return {}
     lengths = np.flatnonzero(counts)
     cumulative = np.cumsum(counts)
-    found: dict[str, float] = {
+    summary: dict[str, float] = {
         "mean": round(float(np.arange(len(counts)) @ counts) / total, 1),
         "min": int(lengths[0]),
     }
     for percent in PERCENTILES:
         rank = -(-total * percent // 100)  # the smallest length that `percent` of the texts do not exceed
-        found[f"p{percent}"] = int(np.searchsorted(cumulative, rank))
-    return {**found, "max": int(lengths[-1])}
+        summary[f"p{percent}"] = int(np.searchsorted(cumulative, rank))
+    return {**summary, "max": int(lengths[-1])}
 
 
 def share_longer(counts: npt.NDArray[np.int64], limit: int) -> float:
@@ -144,7 +145,7 @@ def histogram(counts: npt.NDArray[np.int64]) -> list[list[int]]:
     if not counts.sum():
         return []
     last = int(length_summary(counts)["p99"])
-    width = _round_up(max(last // _BINS, 1))
+    width = round_up(max(last // _BINS, 1))
     bins = []
     for begin in range(0, last + 1, width):
         bins.append([begin, begin + width - 1, int(counts[begin : begin + width].sum())])
@@ -155,50 +156,43 @@ def histogram(counts: npt.NDArray[np.int64]) -> list[list[int]]:
     return bins[first:]
 
 
-def _round_up(width: int) -> int:
-    step = 1
-    while True:
-        for factor in (1, 2, 5):
-            if factor * step >= width:
-                return factor * step
-        step *= 10
-
-
 def print_summary(summary: PrepareSummary, max_seq_length: int, out: Console) -> None:
-    """The table and the histograms a person reads when all is done."""
+    """Print the table and the histograms."""
     from rich.table import Table
 
-    told, tally = summary.as_dict(), summary.tally
+    counted, tally = summary.as_dict(), summary.tally
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    names = ["document tokens", *(f"  {reason}" for reason in told["rejected"])]
+    names = ["document tokens", *(f"  {reason}" for reason in counted["rejected"])]
     table.add_column(style="bold", min_width=max(map(len, names)))
     table.add_column(justify="right", min_width=len(f"{max(tally.num_in, *tally.tokens.values()):,}"))
     table.add_column(overflow="fold")
     table.add_row("pairs in", f"{tally.num_in:,}", _left_out(tally))
     table.add_row("kept", f"{tally.num_kept:,}", _percent(tally.num_kept, tally.num_in))
     table.add_row("rejected", f"{tally.rejected.total():,}", _percent(tally.rejected.total(), tally.num_in))
-    for reason, num in told["rejected"].items():
+    for reason, num in counted["rejected"].items():
         table.add_row(f"  {reason}", f"{num:,}", REASONS[reason], style="dim")
-    for language, num in told["languages"].items():
+    for language, num in counted["languages"].items():
         table.add_row(f"language {language}", f"{num:,}", _percent(num, tally.num_kept))
     for side in SIDES:
         table.add_row(f"{side} tokens", f"{tally.tokens[side]:,}", "to train on, template and [EOS] included")
-    if "negatives" in told:
-        rows = told["negatives"]["rows_with"]
+    if "negatives" in counted:
+        rows = counted["negatives"]["rows_with"]
         table.add_row("negatives", f"{tally.num_negatives:,}", f"{min(map(int, rows))} to {max(map(int, rows))} a row")
-        for reason, num in told["negatives"]["left_out"].items():
+        for reason, num in counted["negatives"]["left_out"].items():
             table.add_row(f"  {reason}", f"{num:,}", "left out of its row", style="dim")
     out.print(table, crop=False)
     out.print()
-    out.print(_length_table(told, max_seq_length), crop=False)
+    out.print(_length_table(counted, max_seq_length), crop=False)
     for side in SIDES:
         out.print(f"\n{side} length, tokens", style="bold")
-        _print_histogram(told["histogram"][side], max_seq_length, out)
-    out.print(f"\n{summary.out}: {tally.num_kept:,} pairs in {summary.seconds:.1f} s, {told['rows_per_s']:,.0f} rows/s")
+        _print_histogram(bins_of(counted["histogram"][side]), max_seq_length, out)
+    out.print(
+        f"\n{summary.out}: {tally.num_kept:,} pairs in {summary.seconds:.1f} s, {counted['rows_per_s']:,.0f} rows/s"
+    )
     out.print(f"fingerprint {summary.fingerprint[:16]}; pictures in report.html, rejected rows in rejected.jsonl")
 
 
-def _length_table(told: dict[str, Any], max_seq_length: int) -> Any:
+def _length_table(counted: dict[str, Any], max_seq_length: int) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1), pad_edge=False)
@@ -209,23 +203,21 @@ def _length_table(told: dict[str, Any], max_seq_length: int) -> Any:
     for limit in THRESHOLDS:
         table.add_column(f"> {limit}" + ("*" if limit == max_seq_length else ""), justify="right")
     for side in SIDES:
-        lengths = [f"{told['lengths'][side][name]:,g}" for name in names]
-        shares = [f"{100 * told['share_longer_than'][str(limit)][side]:.1f}%" for limit in THRESHOLDS]
+        lengths = [f"{counted['lengths'][side][name]:,g}" for name in names]
+        shares = [f"{100 * counted['share_longer_than'][str(limit)][side]:.1f}%" for limit in THRESHOLDS]
         table.add_row(side, *lengths, *shares)
     table.caption = f"* cut there (max_seq_length {max_seq_length})" if max_seq_length in THRESHOLDS else None
     table.caption_justify = "left"
     return table
 
 
-def _print_histogram(bins: list[list[int]], max_seq_length: int, out: Console) -> None:
-    most = max((num for _, _, num in bins), default=1)
-    width = len(f"{bins[-1][0]:,}") if bins else 1
-    for at, (begin, end, num) in enumerate(bins):
-        open_ended = at == len(bins) - 1 and at > 0 and end - begin > bins[0][1] - bins[0][0]
-        name = f"{begin:>{width},}+" if open_ended else f"{begin:>{width},} "
-        cut = " <- max_seq_length" if begin <= max_seq_length <= end else ""
-        bar = "█" * round(_BAR * num / most) or ("▏" if num else "")
-        out.print(f"  {name} {bar} {num:,}{cut}")
+def _print_histogram(bins: list[Bin], max_seq_length: int, out: Console) -> None:
+    most = max((one.count for one in bins), default=1)
+    width = max((len(f"{one.start:,}") for one in bins), default=1)
+    for one in bins:
+        cut = " <- max_seq_length" if one.start <= max_seq_length <= one.stop else ""
+        bar = "█" * round(_BAR * one.count / most) or ("▏" if one.count else "")
+        out.print(f"  {one.start:>{width},}{'+' if one.open_ended else ' '} {bar} {one.count:,}{cut}")
 
 
 def _percent(part: int, whole: int) -> str:
