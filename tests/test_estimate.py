@@ -214,11 +214,11 @@ def test_data_of_the_hub_and_patterns(small_model: Path, tmp_path: Path, monkeyp
     ((status, said),) = checked("data", dataset_file_path="data/*.jsonl", **keys)
     assert status == "warn" and "training will prepare it" in said
     with pytest.raises(InputError, match="from the Hub") as caught:
-        rows_of(spec(dataset_file_path="org/pairs"), None)
+        rows_of(spec(dataset_file_path="hf://org/pairs"), None)
     assert caught.value.hint is not None and "--rows N" in caught.value.hint
-    ((status, said),) = checked("data", dataset_file_path="org/pairs")
+    ((status, said),) = checked("data", dataset_file_path="hf://org/pairs")
     assert status == "warn" and "from the Hub" in said
-    for missing in ("data/nothing", "data/*.csv", "/nowhere"):  # the first would be a Hub id, were there no folder data
+    for missing in ("data/nothing", "org/pairs", "data/*.csv", "/nowhere"):
         assert [status for status, _ in checked("data", dataset_file_path=missing)] == ["fail"]
 
 

@@ -147,7 +147,7 @@ def test_a_hub_data_set_is_streamed(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     got = prepare(
-        ["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder, options=Options(split="dev", subset="ko")
+        ["hf://org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder, options=Options(split="dev", subset="ko")
     )
     assert got.fingerprint == want
     assert set(asked) == {("org/pairs", "ko", "dev", True)}
@@ -159,8 +159,8 @@ def test_no_network_is_said(tmp_path: Path, tokenizer_folder: Path, monkeypatch:
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(RunError, match="org/pairs: no such file or folder, and the Hub does not give it"):
-        prepare(["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder)
+    with pytest.raises(RunError, match="org/pairs: the Hub does not give it"):
+        prepare(["hf://org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder)
 
 
 def test_a_hub_that_stops_in_the_middle_is_said(
@@ -173,7 +173,7 @@ def test_a_hub_that_stops_in_the_middle_is_said(
     stream = datasets.IterableDataset.from_generator(generate)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     with pytest.raises(RunError, match="org/pairs: the Hub stopped giving after row 7: read timed out"):
-        prepare(["org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder)
+        prepare(["hf://org/pairs"], tmp_path / "out", tokenizer=tokenizer_folder)
     assert not (tmp_path / "out").exists()
 
 
@@ -318,6 +318,27 @@ def test_a_near_name_is_suggested(tmp_path: Path, tokenizer_folder: Path) -> Non
     assert caught.value.hint == f"did you mean {tmp_path / 'rows.jsonl'}?"
 
 
+@pytest.mark.parametrize("name", ["data/pairs", "squad", "yjoonjang/pairs-ko", "data/pairs.v2"])
+def test_a_missing_folder_is_no_data_set_of_the_hub(
+    name: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
+    for _ in range(2):  # the second time with a folder of that owner, and a near name in it
+        with pytest.raises(InputError, match=f"{name}: no such file or folder") as caught:
+            prepare([name], tmp_path / "out", tokenizer=tokenizer_folder)
+        assert f"a data set of the Hub is named hf://{name}" in str(caught.value.hint)
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(f"{name}s").mkdir(exist_ok=True)
+    assert f"did you mean {name}s?" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://a/b/c", "hf://org/pairs@main", "hf://../pairs", "hf://datasets/"])
+def test_what_follows_hf_must_be_a_name(name: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    with pytest.raises(InputError, match="is no data set of the Hub"):
+        prepare([name], tmp_path / "out", tokenizer=tokenizer_folder)
+
+
 def test_a_dict_of_splits_wants_one_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     two = {name: datasets.Dataset.from_list(ROWS[:3]) for name in ("dev", "test")}
     datasets.DatasetDict(two).save_to_disk(str(tmp_path / "dict"))
@@ -391,7 +412,7 @@ def test_the_first_rows_of_a_hub_set_name_its_columns(monkeypatch: pytest.Monkey
         "open",
         lambda self: datasets.IterableDataset.from_generator(generate),  # knows no columns
     )
-    source = sources.open_source("org/pairs", SourceOptions())
+    source = sources.open_source("hf://datasets/org/pairs", SourceOptions())
     assert source.files[0].columns == Columns("query", "document")
     assert source.rows_hint is None
     assert source.count_rows(Limits()) == len(ROWS)

@@ -56,6 +56,9 @@ def test_changed_files_are_prepared_anew(source: str, made: list[Path], tmp_path
 def test_a_pattern_that_matches_nothing_is_an_error(made: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file matches"):
         data_of(str(tmp_path / "*.jsonl"), tmp_path / "out")
+    with pytest.raises(InputError, match="org/pairs: no such file or folder") as caught:
+        data_of("org/pairs", tmp_path / "out")
+    assert "hf://org/pairs" in str(caught.value.hint)
     assert made == []
 
 
@@ -63,13 +66,13 @@ def test_a_hub_set_is_prepared_anew_for_each_revision(
     made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hub, "_revisions", {"org/pairs": "1" * 40})
-    first = data_of("org/pairs", tmp_path)
-    assert data_of("org/pairs", tmp_path) == first
+    first = data_of("hf://org/pairs", tmp_path)
+    assert data_of("hf://org/pairs", tmp_path) == first
     monkeypatch.setattr(hub, "_revisions", {"org/pairs": "2" * 40})
-    second = data_of("org/pairs", tmp_path)
+    second = data_of("hf://org/pairs", tmp_path)
     assert made == [first, second] and first != second
     monkeypatch.setattr(hub, "_revisions", {"org/pairs": None, "org/other": None})  # the Hub cannot be asked
-    assert data_of("org/pairs", tmp_path) == second
+    assert data_of("hf://org/pairs", tmp_path) == second
     assert "the Hub cannot be asked; taking what was prepared last" in capsys.readouterr().err
-    other = data_of("org/other", tmp_path)
+    other = data_of("hf://org/other", tmp_path)
     assert made == [first, second, other]

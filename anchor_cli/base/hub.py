@@ -12,8 +12,10 @@ import urllib.request
 from pathlib import Path
 
 from anchor_cli.base.console import warn
+from anchor_cli.base.errors import InputError
 
 _HUB_FORM = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+_PREFIX = "hf://"
 PATIENCE_S = 10.0
 _REACH_S = 10.0  # how long the Hub may take to say that it is there
 
@@ -29,6 +31,25 @@ def is_hub_id(name: str) -> bool:
     Below a folder that is here it is a mistyped path; a stranger's repository may have that very name.
     """
     return has_hub_form(name) and "/" in name and not Path(name).parent.exists()
+
+
+def hub_set(source: str) -> str | None:
+    """OWNER/NAME of a data set that is named as the Hub's, `hf://OWNER/NAME` or `hf://datasets/…`; else None.
+
+    Raises:
+        InputError: what follows `hf://` is no name of a data set.
+    """
+    if not source.startswith(_PREFIX):
+        return None
+    name = source.removeprefix(_PREFIX).removeprefix("datasets/")
+    if not has_hub_form(name):
+        raise InputError(f"{source}: {name!r} is no data set of the Hub", f"expected {_PREFIX}OWNER/NAME")
+    return name
+
+
+def hub_hint(source: str) -> str | None:
+    """How a data set of the Hub is named, for a path that is not here and could be meant as one."""
+    return f"a data set of the Hub is named {_PREFIX}{source}" if has_hub_form(source) else None
 
 
 def hub_is_off() -> bool:
@@ -68,6 +89,7 @@ _revisions: dict[str, str | None] = {}
 
 def revision_of(hub_id: str) -> str | None:
     """The newest commit of a data set on the Hub, or None when the Hub cannot be asked; asked once a process."""
+    hub_id = hub_set(hub_id) or hub_id
     if hub_id not in _revisions:
         from huggingface_hub import HfApi
 

@@ -19,8 +19,8 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="A save_to_disk folder; .jsonl .json .csv .tsv .parquet, plain, .gz or .zst; a quoted glob; a Hub id. "
-            f"Or the word {NANOBEIR}: a snapshot of the evaluation sets.",
+            help="A save_to_disk folder; .jsonl .json .csv .tsv .parquet, plain, .gz or .zst; a quoted glob; "
+            f"hf://OWNER/NAME. Or the word {NANOBEIR}: a snapshot of the evaluation sets.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to make; must not exist.")],

@@ -11,6 +11,7 @@ from typing import Any
 from anchor_cli.base.check import Check
 from anchor_cli.base.errors import AnchorError, InputError
 from anchor_cli.base.files import existing_parent, free_bytes
+from anchor_cli.base.hub import hub_hint
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
 from anchor_cli.data.benchmarks.benchmarks import (
     DEFAULT_DATA,
@@ -62,7 +63,8 @@ def _data(spec: RunSpec) -> Iterator[Check]:
     source, place = spec.dataset_file_path, place_of(spec.dataset_file_path)
     prepare = f"anchor prepare {shlex.quote(source)} --out DIR --tokenizer {spec.model_name_or_path} does it now"
     if place == "nowhere":
-        yield Check("data", "fail", f"{source}: not found on this machine", "anchor prepare SOURCE… --out DIR")
+        remedy = "; ".join(filter(None, ["anchor prepare SOURCE… --out DIR makes it", hub_hint(source)]))
+        yield Check("data", "fail", f"{source}: not found on this machine", remedy)
     elif place == "hub":
         yield Check("data", "warn", f"{source}: not here; training will take it from the Hub and prepare it", prepare)
     elif place == "raw":

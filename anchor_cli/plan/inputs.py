@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anchor_cli.base.errors import AnchorError, InputError
-from anchor_cli.base.hub import has_hub_form, hub_is_off
+from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
 from anchor_cli.plan.flops import ModelShape
@@ -116,16 +116,17 @@ def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
         reason = "from the Hub, which a plan does not read" if place == "hub" else "not found on this machine"
         raise InputError(
             f"dataset_file_path: {spec.dataset_file_path}: {reason}",
-            hint="pass the number of rows, --rows N, to plan without it",
+            hint="; ".join(
+                filter(
+                    None, ["pass the number of rows, --rows N, to plan without it", hub_hint(spec.dataset_file_path)]
+                )
+            ),
         )
     return _sampled(spec, num_rows)
 
 
 def place_of(data: str) -> Literal["prepared", "raw", "hub", "nowhere"]:
-    """What a `dataset_file_path` means here, as `anchor prepare` takes it: a folder, files, a pattern, or a Hub id.
-
-    ORG/NAME is a missing folder and no Hub id where a folder ORG is here.
-    """
+    """What a `dataset_file_path` means here, as `anchor prepare` takes it: a folder, files, a pattern, `hf://…`."""
     from anchor_cli.data.sources.locate import matching_files
     from anchor_cli.data.sources.sources import is_hub_id
 
@@ -133,7 +134,7 @@ def place_of(data: str) -> Literal["prepared", "raw", "hub", "nowhere"]:
     if (path / MANIFEST).is_file():
         return "prepared"
     if is_hub_id(data):
-        return "nowhere" if "/" in data and Path(data.split("/")[0]).exists() else "hub"
+        return "hub"
     try:
         return "raw" if path.is_dir() or matching_files(data) else "nowhere"
     except InputError:

@@ -8,8 +8,8 @@ from anchor_cli.spec.spec import RunSpec
 
 
 def needs_hub(spec: RunSpec) -> bool:
-    """Whether a run names anything that is not a file here: its model, or a benchmark."""
-    if not Path(spec.model_name_or_path).expanduser().exists():
+    """Whether a run names anything that is not a file here: its model, its data, or a benchmark."""
+    if spec.dataset_file_path.startswith("hf://") or not Path(spec.model_name_or_path).expanduser().exists():
         return True
     if not (spec.eval_steps or spec.eval_on_start):
         return False

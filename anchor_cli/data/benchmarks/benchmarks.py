@@ -7,7 +7,7 @@
     DIR, ko:DIR                 a BEIR folder, a folder of the layout of a NanoBEIR data set (every subset; with
                                 DIR/NanoNQ one), or a snapshot (everything in it); `ko:` sets the language, which
                                 otherwise is decided by the share of Hangul
-    ORG/NAME, de:ORG/NAME/NanoNQ  another NanoBEIR data set of the Hub
+    ORG/NAME, de:ORG/NAME/NanoNQ  (also with hf:// in front of ORG) another NanoBEIR data set of the Hub
 
 With the environment variable ANCHOR_NANOBEIR=DIR, `nanobeir…` is read from the snapshot DIR instead of the Hub.
 A set that cannot be loaded is an error that names it: an average over fewer sets is another number.
@@ -69,13 +69,16 @@ def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
 
 
 def is_hub_set(place: str) -> bool:
-    """Whether a name without its `LANG:` means a data set of the Hub, or one subset of it: OWNER/NAME[/NanoNQ]."""
-    return is_hub_id(re.sub(r"/Nano\w+$", "", place))
+    """Whether a name without its `LANG:` means a data set of the Hub, or one subset of it: OWNER/NAME[/NanoNQ].
+
+    Unlike a SOURCE of pairs it needs no `hf://`; with it, a folder of that name here is not looked at.
+    """
+    return place.startswith("hf://") or is_hub_id(re.sub(r"/Nano\w+$", "", place))
 
 
 def language_and_place(spec: str) -> tuple[str | None, str]:
     """`ko:DIR` -> (ko, DIR); without a language, or where a file has that very name, (None, spec)."""
-    match = None if Path(spec).exists() else re.fullmatch(r"([a-z]{2,3}):(.+)", spec)
+    match = None if Path(spec).exists() else re.fullmatch(r"([a-z]{2,3}):(?!//)(.+)", spec)
     return (match[1], match[2]) if match else (None, spec)
 
 
@@ -104,7 +107,7 @@ def parts_of(spec: str) -> list[Part]:
             f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
         )
     if is_hub_set(place):
-        owner, name, *subsets = place.split("/")
+        owner, name, *subsets = place.removeprefix("hf://").removeprefix("datasets/").split("/")
         source = f"{owner}/{name}"
         return [partial(read_nano, source, each, language) for each in subsets or subsets_of(source)]
     raise InputError(f"--data {spec}: no such folder and no such benchmark", _suggestion(place))

@@ -9,6 +9,7 @@ from typing import Any
 
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, nearest
+from anchor_cli.base.hub import hub_hint
 from anchor_cli.data.sources.file_bytes import format_of
 
 KNOWN_FORMATS = "expected .jsonl .json .csv .tsv .parquet .arrow, plain, .gz or .zst"
@@ -34,7 +35,8 @@ def _matching(spec: str) -> list[Path]:
     if place.is_file():
         return [place]
     if not glob.has_magic(spec):
-        raise InputError(f"{spec}: no such file or folder", _near_file(place))
+        hints = [_near_file(place), None if format_of(spec) else hub_hint(spec)]
+        raise InputError(f"{spec}: no such file or folder", "; ".join(hint for hint in hints if hint) or None)
     paths = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
     if not paths:
         raise InputError(f"{spec}: no file matches", "quote a pattern, so that the shell leaves it alone")

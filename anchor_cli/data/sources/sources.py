@@ -3,12 +3,11 @@
 DIR         written by `datasets.save_to_disk`: a Dataset, or a DatasetDict (its `train` split, or the one `split`
             names); or a folder of data files
 FILE, GLOB  .jsonl .json .csv .tsv .parquet .arrow, each also .gz or .zst; the files of a glob in order of name
-ORG/NAME    a data set of the Hub, streamed
+hf://ORG/NAME  a data set of the Hub, streamed
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ from typing import Any
 
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
-from anchor_cli.base.hub import revision_of
+from anchor_cli.base.hub import hub_set, revision_of
 from anchor_cli.data.sources.file_bytes import format_of
 from anchor_cli.data.sources.files import (
     Columns,
@@ -41,7 +40,6 @@ LANGUAGE_NAMES = ("language", "lang")
 MINED_SCORES = ("positive_score", "negative_scores")
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 _USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ class HubSet:
             remedy = "--split and --subset name parts of it"
             raise InputError(f"{self.identifier}: {first_line(error)}", remedy) from None
         except Exception as error:  # no network, no such set, no access: the libraries raise a dozen kinds
-            message = f"{self.identifier}: no such file or folder, and the Hub does not give it: {first_line(error)}"
-            raise RunError(message, "check the path; with a network, check the name and HF_TOKEN") from None
+            message = f"{self.identifier}: the Hub does not give it: {first_line(error)}"
+            raise RunError(message, "check the name, the network and HF_TOKEN") from None
 
     def rows(self, columns: Columns) -> Iterator[RawPair]:
         """(query, document, language) of every row, as the Hub gives them. Raises RunError when it stops giving."""
@@ -141,10 +139,10 @@ def open_source(spec: str, options: SourceOptions) -> Source:
 
     Raises:
         InputError: nothing is there, or its columns are not those asked for or cannot be guessed.
-        RunError: it can only be of the Hub, which cannot be reached.
+        RunError: the Hub cannot be reached, or does not give it.
     """
-    if is_hub_id(spec):
-        return _hub_source(spec, options)
+    if (identifier := hub_set(spec)) is not None:
+        return _hub_source(spec, identifier, options)
     place = Path(spec).expanduser()
     paths = folder_files(place, options.split) if place.is_dir() else matching_files(spec)
     files = []
@@ -160,9 +158,8 @@ def open_source(spec: str, options: SourceOptions) -> Source:
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether `spec` can only be a data set of the Hub: it has that form, and nothing of that name is here."""
-    here = Path(spec).expanduser().exists() or glob.has_magic(spec)
-    return not here and _HUB_ID.fullmatch(spec) is not None and format_of(spec) is None
+    """Whether a SOURCE is a data set of the Hub: only one that says so, since `data/pairs` is somebody's there."""
+    return hub_set(spec) is not None
 
 
 def _columns_of(path: Path, names: Sequence[str], options: SourceOptions) -> Columns:
@@ -253,14 +250,14 @@ def _report_guess(columns: Columns, where: str, options: SourceOptions) -> None:
         say(f"{where}: columns guessed: {line}")
 
 
-def _hub_source(spec: str, options: SourceOptions) -> Source:
-    hub = HubSet(spec, options.subset, options.split or "train")
-    say(f"{spec}: no such file here; reading split {hub.split} from the Hub")
+def _hub_source(spec: str, identifier: str, options: SourceOptions) -> Source:
+    hub = HubSet(identifier, options.subset, options.split or "train")
+    say(f"{spec}: reading split {hub.split} from the Hub")
     stream = hub.open()
     names = stream.column_names or list(next(iter(stream), {}))
     info = stream.info
     sizes = {name: part.num_examples for name, part in (info.splits or {}).items()} if info is not None else {}
-    identity = json.dumps([spec, hub.subset, hub.split, revision_of(spec)])
-    name = f"{spec}[{hub.split}]"
+    identity = json.dumps([identifier, hub.subset, hub.split, revision_of(identifier)])
+    name = f"{identifier}[{hub.split}]"
     file = PairFile(name, choose_columns(names, name, options), None, hub)
     return Source(spec, [file], hashlib.sha256(identity.encode()).hexdigest(), sizes.get(hub.split))
