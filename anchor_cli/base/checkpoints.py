@@ -77,13 +77,17 @@ def default_checkpoint(doing: str, command: str) -> Path:
     Raises:
         InputError: there is no run, or none has a checkpoint.
     """
-    run = last_run(list_checkpoints, "checkpoint")
+    return checkpoint_of(last_run(list_checkpoints, "checkpoint"), "the last run", doing, command)
+
+
+def checkpoint_of(run: Path, called: str, doing: str, command: str) -> Path:
+    """The best checkpoint of a run that has some, else its newest; `called`: the run in the line that says which."""
     best, newest, scores = best_checkpoint(run), list_checkpoints(run)[-1], scores_of(run)
     if best is None:
-        say(f"{doing} {newest}: the newest of the last run, none of which was evaluated")
+        say(f"{doing} {newest}: the newest of {called}, none of which was evaluated")
         return newest
     step, newest_score = checkpoint_step(best) or 0, scores.get(checkpoint_step(newest) or 0)
-    line = f"{doing} {best}: the best of the last run by {EVAL_AVG_NDCG_10}, {scores[step]:.4f}"
+    line = f"{doing} {best}: the best of {called} by {EVAL_AVG_NDCG_10}, {scores[step]:.4f}"
     if newest == best:
         say(f"{line}, and the newest")
     else:

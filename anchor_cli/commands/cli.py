@@ -38,6 +38,7 @@ COMMANDS = {
     },
     "Use": {
         "eval": "nDCG@10 and MRR@10 on NanoBEIR or any BEIR folder",
+        "search": "the documents nearest to a question, with scores",
         "export": "a checkpoint -> a folder that Stage II starts from",
     },
 }
@@ -62,6 +63,10 @@ EXAMPLES = {
     "verify-resume": ("anchor verify-resume run.json", "anchor verify-resume run.json --steps 20 --nproc-per-node 2"),
     "replay": ("anchor replay output/first --step 1234", "anchor replay output/first --step 1234 --json"),
     "eval": ("anchor eval checkpoint-2000", "anchor eval checkpoint-1000 checkpoint-2000 --data ko:data/beir --json"),
+    "search": (
+        'anchor search checkpoint-2000 data/beir/welfare-ko "복지 급여는 어디서 신청하나요?"',
+        'anchor search output/kure pairs.jsonl "배송은 얼마나 걸리나요?" --top-k 5 --json',
+    ),
     "export": ("anchor export --stage2", "anchor export checkpoint-2000 --stage2 --out models/kure-stage1"),
 }
 """Two command lines for the end of each command's `--help`."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import TextEncoder, contract_with, eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.evaluate.search import device_of
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.folder import read_config
@@ -231,7 +232,7 @@ def load_embedder(
     folder = Path(path)
     if folder.is_dir() and (folder / "modules.json").is_file() and not (folder / FILE_NAME).is_file():
         return LibraryEmbedder(str(path), device=device)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device_of(device))
     number = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(path)
     contract = contract_of(path, tokenizer)

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.language import HANGUL_SYLLABLES
 from anchor_cli.base.metric_names import eval_key
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.evaluate.metrics import DEFAULT_METRICS, FloatArray, counts, parse_metric, query_metrics, rules_of
-from anchor_cli.evaluate.search import Float32Array, embedding_health, search, tie_ranks
+from anchor_cli.evaluate.search import Float32Array, device_of, embedding_health, search, tie_ranks
 
 if TYPE_CHECKING:
     from anchor_cli.evaluate.embedder import Embedder
@@ -104,9 +103,9 @@ def evaluate_one(
     query_ids = _counted(benchmark)
     texts = [benchmark.queries[query] for query in query_ids]
     language = benchmark.language
-    queries, query_rows = _encode(lambda some: embedder.encode_queries(some, language), texts, advance)
+    queries, query_rows = encode_distinct(lambda some: embedder.encode_queries(some, language), texts, advance)
     document_ids, texts = list(benchmark.corpus), list(benchmark.corpus.values())
-    documents, document_rows = _encode(lambda some: embedder.encode_documents(some, language), texts, advance)
+    documents, document_rows = encode_distinct(lambda some: embedder.encode_documents(some, language), texts, advance)
     ties = tie_ranks(document_ids, rules_of(benchmark.qrels).ties_ascending)
     depth = max(depth, *(parse_metric(metric)[1] for metric in metrics))
     indices, scores = search(
@@ -114,7 +113,7 @@ def evaluate_one(
         documents if len(documents) == len(document_ids) else documents[document_rows],
         depth + benchmark.ignore_identical_ids,
         ties,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device_of(device),
     )
     rows = [
         [(document_ids[index], float(score)) for index, score in zip(*row)] for row in zip(indices, scores, strict=True)
@@ -168,7 +167,7 @@ def _score(
     return {metric: np.array([row[metric] for row in rows]) for metric in metrics}
 
 
-def _encode(
+def encode_distinct(
     encode: Callable[[Sequence[str]], Float32Array], texts: Sequence[str], advance: Advance | None
 ) -> tuple[Float32Array, npt.NDArray[np.int64]]:
     """Vectors of the distinct texts, longest text first in the calls, and the row of every text in them."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anchor_cli.base.checkpoints import (
+    checkpoint_of,
     default_checkpoint,
     find_checkpoint,
     is_ours,
@@ -52,6 +53,17 @@ def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelP
         if place.folder.resolve() in [other.folder.resolve() for other in places[:index]]:
             raise InputError(f"{names[index]}: given twice, {place.folder}")
     return places
+
+
+def model_or_run(name: str) -> ModelPlace:
+    """One of `resolve_models`; of a run the best checkpoint, else the newest. Raises InputError."""
+    try:
+        folder = find_checkpoint(name)
+    except InputError:
+        return _place(name)
+    if list_checkpoints(folder):
+        folder = checkpoint_of(folder, "this run", "searching with", "anchor search")
+    return _checked(str(folder), folder)
 
 
 def _place(name: str) -> ModelPlace:
@@ -119,7 +131,7 @@ def evaluate_models(
             )
     results = []
     for model in models:
-        embedder = _load(model, batch_tokens, device)
+        embedder = load_model(model, batch_tokens, device)
         results.append(ModelResult(model.name, _run(embedder, model.name, benchmarks, metrics, device)))
         del embedder
         gc.collect()
@@ -129,7 +141,8 @@ def evaluate_models(
     return results
 
 
-def _load(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
+def load_model(model: ModelPlace, batch_tokens: int, device: str | None) -> Embedder:
+    """The model, ready to encode. Raises InputError: it cannot be loaded."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" says nothing to the person and is done in a moment

@@ -109,6 +109,11 @@ def _best_keys(
     return best
 
 
+def device_of(device: str | None) -> str:
+    """The device asked for, else the GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _on(array: npt.NDArray[np.generic], device: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 

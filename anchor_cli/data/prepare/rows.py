@@ -152,7 +152,7 @@ class RowMaker:
         return self._prepared(num_in, num_left_out, rejected, pairs)
 
     def _items(self, task: Task) -> Iterator[tuple[int, int | None, Any, Any, Any, Sequence[Any]]]:
-        for row, (query, document, language, *extra) in _rows_of(task.part, task.columns):
+        for row, (query, document, language, *extra) in rows_of_part(task.part, task.columns):
             if isinstance(document, list | tuple) and document:
                 for item, one in enumerate(document):
                     yield row, item, query, one, language, extra
@@ -273,7 +273,8 @@ def _ids_column(texts: list[TokenisedText], lengths: Int32Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def _rows_of(part: Part, columns: Columns) -> Iterator[tuple[int, RawPair]]:
+def rows_of_part(part: Part, columns: Columns) -> Iterator[tuple[int, RawPair]]:
+    """(row number, values) of consecutive rows of a file."""
     if part.kind == "rows":
         yield from enumerate(part.data, part.first_row)
     elif part.kind == "lines":

@@ -62,7 +62,8 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.query, self.document, self.language, *self.extra) if name is not None]
+        names = (self.query, self.document, self.language, *self.extra)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def extra(self) -> tuple[str, ...]:

@@ -1,0 +1,60 @@
+"""The documents of a corpus: those of a BEIR folder or a benchmark, or those of any pairs, each distinct text once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from anchor_cli.base.errors import InputError
+from anchor_cli.data.benchmarks.beir import CORPUS_FILE, read_jsonl, read_texts
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.data.prepare.rows import rows_of_part
+from anchor_cli.data.sources.files import Limits
+from anchor_cli.data.sources.sources import Source, SourceOptions, open_source
+
+_TEXT = "text"  # the column of a file that holds documents only
+
+
+def read_documents(spec: str, column: str | None = None) -> dict[str, str]:
+    """Text by id: the corpus of a BEIR folder or of a NanoBEIR set, or the documents of a source of pairs.
+
+    A document of pairs has the number of its first row as its id, behind the file's name where there are several.
+    `column`: which one holds the documents; by default it is guessed as `anchor prepare` does, else `text`.
+
+    Raises:
+        InputError: nothing is there, or no document. RunError: the Hub cannot be reached.
+    """
+    corpus = Path(spec).expanduser() / CORPUS_FILE
+    if corpus.is_file():
+        documents = read_texts(read_jsonl(corpus), titles=True, repeats=False)
+    elif spec.lower().startswith("nanobeir:"):
+        documents = {key: text for each in load_benchmarks([spec]) for key, text in each.corpus.items()}
+    else:
+        documents = dict(_documents_of(_open(spec, column)))
+    distinct = {text: key for key, text in reversed(documents.items()) if text.strip()}
+    if not distinct:
+        raise InputError(f"{spec}: no document with text in it")
+    return {key: text for text, key in reversed(distinct.items())}
+
+
+def _open(spec: str, column: str | None) -> Source:
+    if column is not None:
+        return open_source(spec, SourceOptions(query_column=column, document_column=column))
+    try:
+        return open_source(spec, SourceOptions())
+    except InputError as error:
+        try:
+            return open_source(spec, SourceOptions(query_column=_TEXT, document_column=_TEXT))
+        except InputError:
+            raise error from None
+
+
+def _documents_of(source: Source) -> Iterator[tuple[str, str]]:
+    for file in source.files:
+        place = f"{Path(file.name).name}:" if len(source.files) > 1 else ""
+        for part in file.parts(Limits()):
+            for row, (_, document, *_) in rows_of_part(part, file.columns):
+                many = document if isinstance(document, list) else [document]
+                for index, text in enumerate(many):
+                    if isinstance(text, str):
+                        yield f"{place}{row + 1}" + (f".{index + 1}" if len(many) > 1 else ""), text
