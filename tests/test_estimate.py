@@ -18,9 +18,10 @@ from anchor_cli.plan import estimate, flops, probe, zero
 from anchor_cli.plan.checks import check_plan
 from anchor_cli.plan.estimate import Hardware, Rows, Throughput
 from anchor_cli.plan.flops import ModelShape
-from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name, local_gpus
+from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name
 from anchor_cli.plan.inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
 from anchor_cli.plan.zero import StateOptions
+from anchor_cli.processes.gpus import local_gpus
 from anchor_cli.spec.spec import RunSpec
 
 SHAPE = ModelShape.from_config(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"])
@@ -133,7 +134,7 @@ def test_gpus_are_counted_by_their_files_without_the_drivers_library(
 ) -> None:
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("anchor_cli.plan.hardware.DEVICES", tmp_path)
+    monkeypatch.setattr("anchor_cli.processes.gpus.DEVICES", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert len(local_gpus()) == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -155,6 +156,7 @@ def test_plan_and_train_count_the_same_gpus(
 ) -> None:
     """CUDA's rule for CUDA_VISIBLE_DEVICES, over a driver with three cards."""
     install(monkeypatch, FakeNvml(CARDS))
+    monkeypatch.setattr("anchor_cli.processes.gpus.cuda_problem", lambda: None)  # torch is built for the CPU here
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchor_cli.base.console import print_json
-from anchor_cli.commands.options import AsJson
+from anchor_cli.commands.options import AsJson, Device
 
 if TYPE_CHECKING:
     from anchor_cli.demo.demo import Outcome
@@ -21,6 +21,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the weights and the order of rows.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 700,
     documents: Annotated[int, typer.Option(min=12, max=800, help="Documents of the world.")] = 400,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a small Korean and English world, train on it, evaluate before and after, export. Some minutes on a CPU."""

@@ -11,7 +11,7 @@ import typer
 
 from anchor_cli.base.console import print_json, say
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.options import DEFAULT_CHECKPOINT, AsJson
+from anchor_cli.commands.options import DEFAULT_CHECKPOINT, AsJson, Device
 
 
 def eval(  # noqa: A001 - the command's name
@@ -48,7 +48,7 @@ def eval(  # noqa: A001 - the command's name
         ),
     ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens encoded at once.")] = 16384,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+    device: Device = None,
     details: Annotated[
         bool, typer.Option("--details", help="Intervals, sizes and embedding health in the JSON.")
     ] = False,

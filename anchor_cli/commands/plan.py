@@ -10,7 +10,7 @@ import typer
 from anchor_cli.base.check import lines_of
 from anchor_cli.base.console import print_json
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.options import AsJson, Overrides, SpecFile
+from anchor_cli.commands.options import AsJson, Device, Overrides, SpecFile
 
 if TYPE_CHECKING:
     from anchor_cli.plan.estimate import Estimate
@@ -39,6 +39,7 @@ def plan(
         float | None, typer.Option(min=1, help="Measured tokens/s of the whole run (perf/tokens_per_s).")
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Run the heaviest micro-batch twice on this machine.")] = False,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchor_cli.commands.options import AsJson
+from anchor_cli.commands.options import AsJson, Device
 
 if TYPE_CHECKING:
     from anchor_cli.train.replay import Replay
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
     step: Annotated[int, typer.Option("--step", min=0, metavar="N", help="As the incident's message has it.")],
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one step of a run again, from the nearest checkpoint before it, and name the rows that are not finite.

@@ -11,7 +11,7 @@ import typer
 
 from anchor_cli.base.console import print_json, say
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.options import AsJson
+from anchor_cli.commands.options import AsJson, Device
 
 if TYPE_CHECKING:
     from anchor_cli.evaluate.nearest import Neighbour
@@ -46,7 +46,7 @@ def search(
         str | None, typer.Option(metavar="NAME", help="Column of the documents of pairs. [guessed]")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens encoded at once.")] = 16384,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the documents nearest to a question, with their cosine similarity."""

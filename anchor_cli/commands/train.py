@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from anchor_cli.commands.options import Overrides, Processes, SpecFile
+from anchor_cli.commands.options import Device, Overrides, Processes, SpecFile
 
 
 def train(
     spec: SpecFile,
     overrides: Overrides = None,
     nproc_per_node: Processes = None,
+    device: Device = None,
     skip_step: Annotated[
         list[int] | None,
         typer.Option("--skip-step", min=0, metavar="N", help="Make no update at step N, after an incident."),
@@ -39,8 +40,10 @@ def train(
     ranks, node = environment_ranks(), as_node()
     resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
     if ranks is None or node is not None:
-        from anchor_cli.plan.hardware import local_gpus
+        from anchor_cli.processes.gpus import cuda_problem, local_gpus
 
+        if problem := cuda_problem():
+            raise problem
         processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
         if node is None or node[0] == 0:  # one pod speaks for all
             say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchor_cli.base.errors import RunError
-from anchor_cli.commands.options import AsJson, Overrides, Processes, SpecFile
+from anchor_cli.commands.options import AsJson, Device, Overrides, Processes, SpecFile
 
 if TYPE_CHECKING:
     from anchor_cli.train.verify_resume import Verdict
@@ -18,6 +18,7 @@ def verify_resume(
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="2N steps against N + resume + N.")] = 5,
     overrides: Overrides = None,
     nproc_per_node: Processes = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove on this host that a resumed run equals an uninterrupted one: 2N steps against N, a new start, and N more.

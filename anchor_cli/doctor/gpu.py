@@ -13,7 +13,7 @@ from anchor_cli.base.check import Check
 from anchor_cli.doctor.needs import Needs
 from anchor_cli.doctor.software import version_of
 from anchor_cli.model.kernel_packages import INSTALL_FLASH_ATTN
-from anchor_cli.plan.hardware import nvml
+from anchor_cli.processes.gpus import cuda_problem, driver_version, nvml
 
 GIB = 1 << 30
 TOPOLOGY = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
@@ -29,20 +29,13 @@ def handle_of(library: Any, index: int) -> Any:
     return library.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
-def driver_version() -> str | None:
-    with nvml() as library:
-        return None if library is None else str(library.nvmlSystemGetDriverVersion())
-
-
 def gpus(_: Needs) -> Iterator[Check]:
     import torch
 
     driver = driver_version()
     if not torch.cuda.is_available():
-        if driver:
-            built = "has no CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
-            yield Check("driver", "fail", f"driver {driver}, but torch {torch.__version__} {built}",
-                        "install the torch build that fits the driver: https://pytorch.org/get-started")  # fmt: skip
+        if problem := cuda_problem(initialise=True):
+            yield Check("driver", "fail", problem.message, problem.hint)
         else:
             yield Check("GPUs", "warn", "none: training runs on the CPU, which is for demos and tests",
                         "for real runs use a host with NVIDIA GPUs (docker run --gpus all)")  # fmt: skip

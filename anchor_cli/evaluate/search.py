@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anchor_cli.base.errors import RunError
 from anchor_cli.base.metric_names import ALIGNMENT, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
+from anchor_cli.processes.gpus import on_gpu
 
 Float32Array = npt.NDArray[np.float32]
 FloatArray = npt.NDArray[np.float64]
@@ -110,8 +111,8 @@ def _best_keys(
 
 
 def device_of(device: str | None) -> str:
-    """The device asked for, else the GPU if there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device asked for, else the GPU if there is one. Raises InputError: it cannot be used."""
+    return device or ("cuda" if on_gpu() else "cpu")
 
 
 def _on(array: npt.NDArray[np.generic], device: str) -> Tensor:

@@ -25,9 +25,9 @@ from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for
 from anchor_cli.model.kernel_packages import FLASH_MODULES, INSTALL_FLASH_ATTN, is_installed
 from anchor_cli.plan.estimate import Estimate, Hardware
-from anchor_cli.plan.hardware import local_gpus
 from anchor_cli.plan.inputs import place_of
 from anchor_cli.plan.memory import USABLE_SHARE
+from anchor_cli.processes.gpus import cuda_problem, local_gpus
 from anchor_cli.spec.deepspeed import resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
 
@@ -87,6 +87,8 @@ def _gpus(hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
                     "run anchor doctor on the training host")  # fmt: skip
     elif len(cards := local_gpus()) < hardware.num_gpus:
         yield Check("GPUs", "fail", f"{len(cards)} here, {hardware.num_gpus} wanted", f"--num-gpus {len(cards)}")
+    elif problem := cuda_problem():
+        yield Check("GPUs", "fail", problem.message, problem.hint)
     else:
         yield Check("GPUs", "ok", f"{len(cards)} x {cards[0][0]}")
 

@@ -1,17 +1,10 @@
-"""Which GPUs this machine has, and what GPUs can do, from their data sheets, for estimates on one that has none."""
+"""What GPUs can do, from their data sheets: for estimates, and for the peak that MFU is a share of."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from anchor_cli.base.errors import InputError, nearest
-
-DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -62,67 +55,3 @@ def gpu_of_device_name(device_name: str) -> Gpu | None:
         (("a100", "80gb"), "a100-80gb"), (("a100",), "a100-40gb"), (("l40s",), "l40s"), (("4090",), "rtx4090"),
     )  # fmt: skip
     return next((GPUS[key] for words, key in rules if all(word in name for word in words)), None)
-
-
-@contextmanager
-def nvml() -> Iterator[Any]:
-    """NVIDIA's management library (`pynvml`), initialised; None without a driver, or where a container lacks it."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def local_gpus() -> list[tuple[str, float]]:
-    """(driver's name, memory in GiB) of the GPUs that a run here may use; empty without a driver. No torch.
-
-    NVML names all of them, CUDA_VISIBLE_DEVICES those that are left, as in CUDA itself: by index or by the beginning of
-    a UUID, up to the first name that is none. Where NVML is missing, as in a container with the `compute` capability
-    only, or fails, the device files are counted: `unknown GPU`, 0 GiB.
-    """
-    return [card[:2] for card in _visible(_all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))]
-
-
-def _all_gpus() -> list[tuple[str, float, str]]:
-    """(name, memory in GiB, UUID) of every GPU of this machine."""
-    with nvml() as library:
-        if library is not None:
-            try:
-                handles = [library.nvmlDeviceGetHandleByIndex(at) for at in range(library.nvmlDeviceGetCount())]
-                return [
-                    (
-                        library.nvmlDeviceGetName(handle),
-                        library.nvmlDeviceGetMemoryInfo(handle).total / 2**30,
-                        library.nvmlDeviceGetUUID(handle),
-                    )
-                    for handle in handles
-                ]
-            except library.NVMLError:
-                pass  # a card that fell off the bus: it counts, as for CUDA
-    return [("unknown GPU", 0.0, "")] * sum(
-        path.name.removeprefix("nvidia").isdigit() for path in DEVICES.glob("nvidia*")
-    )
-
-
-def _visible(cards: list[tuple[str, float, str]], selection: str | None) -> list[tuple[str, float, str]]:
-    if selection is None:
-        return cards
-    visible: list[tuple[str, float, str]] = []
-    for name in (part.strip() for part in selection.split(",")):
-        if name.isdigit() and int(name) < len(cards):
-            place = int(name)
-        elif name.startswith("MIG-") and cards:
-            place = 0  # a slice of some card: one device, its card's name and memory are taken for its own
-        else:
-            place = next((at for at, (_, _, uuid) in enumerate(cards) if name and uuid.startswith(name)), -1)
-        if place < 0:
-            break
-        visible.append(cards[place])
-    return visible

@@ -13,7 +13,8 @@ from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
 from anchor_cli.plan.flops import ModelShape
-from anchor_cli.plan.hardware import gpu_named, gpu_of_device_name, local_gpus
+from anchor_cli.plan.hardware import gpu_named, gpu_of_device_name
+from anchor_cli.processes.gpus import local_gpus
 from anchor_cli.spec.spec import RunSpec
 
 SAMPLE_ROWS = 2000

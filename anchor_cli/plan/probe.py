@@ -22,6 +22,7 @@ from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan.estimate import Estimate
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.inputs import config_of
+from anchor_cli.processes.gpus import on_gpu
 from anchor_cli.spec.spec import RunSpec
 
 
@@ -39,7 +40,7 @@ class Probe:
 
 def probe(spec: RunSpec, shape: ModelShape, made: Estimate) -> Probe:
     """Run the longest packed micro-batch for two passes; the second is timed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, device, dtype)
     backbone = _backbone(spec, dtype, made.cut.gradient_checkpointing)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.model.packed import PairBatch
 from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.processes.gpus import on_gpu
 from anchor_cli.processes.ranks import Ranks, complete_rendezvous, environment_ranks
 from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train.deepspeed_versions import TESTED, refused_deepspeed
@@ -35,10 +36,10 @@ def start_processes(timeout_s: float = 1800.0) -> Ranks:
     """Join the process group: NCCL on CUDA, gloo on CPU. Silences DeepSpeed's start-up chatter.
 
     Raises:
-        InputError: more processes on this host than GPUs.
+        InputError: more processes on this host than GPUs, or GPUs that torch cannot use.
     """
     rank, local_rank, world_size = environment_ranks() or (0, 0, 1)
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
     if cuda and local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(
