@@ -362,7 +362,7 @@ def test_a_collapse_is_said() -> None:
     same = Lookup(dict.fromkeys(embedder.vectors, np.ones(6, dtype=np.float32)))
     model = ModelResult("m", [evaluate_one(same, benchmark)])
     assert collapsed([model]) == [
-        "m: 100% of the documents of ko/toy have a near-identical other document: the embeddings have collapsed"
+        "m: ko/toy: 100% of the documents have a near-identical other one: the embeddings have collapsed"
     ]
 
 

@@ -13,13 +13,18 @@ import termios
 import threading
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from anchor_cli.train.live import RunProgress, clock, fit, measurements, stop_notice
+from anchor_cli.train.live import Live, RunProgress, clock, fit, measurements, stop_notice
+
+if TYPE_CHECKING:
+    from anchor_cli.train.run import Run
 
 RECORD = {
     "step": 12345, "epoch": 0.848, "train/loss": 1.5, "train/d2q_loss": 1.25, "train/q2d_loss": 2.5,
@@ -79,6 +84,25 @@ def test_a_stop_is_announced_to_its_last_word(signal_name: str, width: int) -> N
     last = drawn(width, RECORD, 1.0, stop_notice(signal_name))[-1].rstrip()
     assert last.startswith(f"{signal_name}: finishing this step, then saving")
     assert last.endswith("unsaved") == (signal_name == "SIGINT")
+
+
+@pytest.mark.parametrize(
+    ("mean_cosine", "near_identical", "want"),
+    [
+        (0.9, 0.5, None),  # at the thresholds of docs/evaluation.md: not yet
+        (0.91, 0.0, "mean cosine of two documents 0.910, above 0.9: the embeddings have collapsed"),
+        (0.2, 0.51, "51% of the documents have a near-identical other one: the embeddings have collapsed"),
+    ],
+)
+def test_a_collapse_is_warned_of(
+    capsys: pytest.CaptureFixture[str], mean_cosine: float, near_identical: float, want: str | None
+) -> None:
+    scores = {"ndcg@10": 0.25, "mean_cosine": mean_cosine, "near_identical": near_identical}
+    run = cast("Run", SimpleNamespace(best={"step": 5, "value": 0.5}))
+    Live(run, enabled=True).evaluated(7, {f"eval/avg/{key}": value for key, value in scores.items()})
+    evaluation, *warnings = capsys.readouterr().err.splitlines()
+    assert evaluation == "evaluation at step 7: nDCG@10 0.2500"
+    assert warnings == ([f"warning: step 7: {want}"] if want else [])
 
 
 RUN = """

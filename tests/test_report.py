@@ -236,6 +236,15 @@ def test_a_young_or_poor_run_has_a_page_too(tmp_path: Path) -> None:
     assert "young" in write_report([folder]).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("mean_cosine", "want"), [(0.95, True), (0.85, False)])
+def test_a_collapse_is_shown(tmp_path: Path, mean_cosine: float, want: bool) -> None:
+    steps = [(1, 0.3), (2, mean_cosine)]
+    lines = [{"step": step, "eval/avg/ndcg@10": 0.5, "eval/avg/mean_cosine": cosine} for step, cosine in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([tmp_path]).read_text(encoding="utf-8")
+    assert ("<b>collapsed</b><small>mean cosine of two documents 0.950, above 0.9, last evaluation" in page) == want
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

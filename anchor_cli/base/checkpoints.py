@@ -11,7 +11,7 @@ from typing import Any
 from anchor_cli.base.console import say, warn
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.files import sha256_file
-from anchor_cli.base.metric_names import COLLAPSED_FROM, EVAL_AVG_NDCG_10, NEAR_IDENTICAL, STEP, eval_key
+from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10, HEALTH_KEYS, STEP, collapse, eval_key
 from anchor_cli.base.runs import RunFolder, last_run, read_json_lines, remembered_runs
 
 MANIFEST = "manifest.json"
@@ -109,9 +109,8 @@ def _doubts(run: Path, step: int, scores: dict[int, float], *, is_newest: bool) 
         doubts.append("the first evaluation is the best one, so it is hardly trained")
     if doubts:
         doubts[-1] += "; before Stage II this score need not be what counts (docs/evaluation.md)"
-    if (alike := scores_of(run, eval_key("avg", NEAR_IDENTICAL)).get(step, 0.0)) > COLLAPSED_FROM:
-        doubts.append(f"{alike:.0%} of the documents have a near-identical other one: its embeddings have collapsed")
-    return doubts
+    health = {key: scores_of(run, eval_key("avg", key)).get(step, 0.0) for key in HEALTH_KEYS}
+    return [*doubts, *filter(None, [collapse(health)])]
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 STEP = "step"
 """Optimizer updates done."""
 EPOCH = "epoch"
@@ -42,6 +44,16 @@ MEAN_COSINE = "mean_cosine"
 """Of document pairs (anisotropy); 1 is collapse."""
 NEAR_IDENTICAL = "near_identical"
 """Share of documents with another one above cosine 0.999, 0 to 1; 1 is collapse."""
-COLLAPSED_FROM = 0.5
-"""Assumption: above this share of near-identical documents the embeddings have collapsed."""
 HEALTH_KEYS = (ALIGNMENT, UNIFORMITY, MEAN_COSINE, NEAR_IDENTICAL)
+COLLAPSED_FROM = {NEAR_IDENTICAL: 0.5, MEAN_COSINE: 0.9}
+"""Assumption: above either value the embeddings have collapsed. All that warns of it asks `collapse`."""
+
+
+def collapse(health: Mapping[str, float]) -> str | None:
+    """Why embeddings with this health count as collapsed; None: they do not."""
+    if (alike := health.get(NEAR_IDENTICAL, 0.0)) > COLLAPSED_FROM[NEAR_IDENTICAL]:
+        return f"{alike:.0%} of the documents have a near-identical other one: the embeddings have collapsed"
+    if (cosine := health.get(MEAN_COSINE, 0.0)) > COLLAPSED_FROM[MEAN_COSINE]:
+        limit = COLLAPSED_FROM[MEAN_COSINE]
+        return f"mean cosine of two documents {cosine:.3f}, above {limit:g}: the embeddings have collapsed"
+    return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anchor_cli.base.console import console, warn
-from anchor_cli.base.metric_names import ALIGNMENT, COLLAPSED_FROM, HEALTH_KEYS, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY
+from anchor_cli.base.metric_names import ALIGNMENT, HEALTH_KEYS, MEAN_COSINE, NEAR_IDENTICAL, UNIFORMITY, collapse
 from anchor_cli.evaluate.evaluate import BenchmarkResult, summary
 from anchor_cli.evaluate.metrics import Interval, bootstrap
 
@@ -176,9 +176,8 @@ def _health_table(models: Sequence[ModelResult]) -> Table:
 def collapsed(models: Sequence[ModelResult]) -> list[str]:
     """A line for every model whose embeddings have collapsed on a benchmark."""
     return [
-        f"{model.model}: {result.health[NEAR_IDENTICAL]:.0%} of the documents of {result.benchmark.name} have a "
-        "near-identical other document: the embeddings have collapsed"
+        f"{model.model}: {result.benchmark.name}: {reason}"
         for model in models
         for result in model.results
-        if result.health.get(NEAR_IDENTICAL, 0.0) > COLLAPSED_FROM
+        if (reason := collapse(result.health))
     ]

@@ -90,6 +90,9 @@ def _cards(run: RunRecord) -> Iterator[Card]:
             yield Card(title, _median(run, key, scale), note)
     if len(memory):
         yield Card("peak memory", f"{max(memory.values):.1f} GB", "one process")
+    health = {key: run.evaluation("avg", key) for key in names.HEALTH_KEYS}
+    if reason := names.collapse({key: series.values[-1] for key, series in health.items() if len(series)}):
+        yield Card("embeddings", "collapsed", f"{reason.partition(':')[0]}, last evaluation", "bad")
     resumes, incidents = _troubles(run)
     yield Card("resumes / trouble", f"{resumes} / {incidents}", "events.jsonl", "bad" if incidents else "")
 

@@ -176,8 +176,11 @@ def _health_panel(runs: Sequence[RunRecord]) -> Panel | None:
             for index, run in enumerate(runs)
             for name in run.benchmarks[:1]
         ]
-    unit = "mean cosine of two documents; 1 is collapse"
-    return _panel(runs, lines, "Embedding health", "임베딩 건강", unit, "health")
+    limit = names.COLLAPSED_FROM[names.MEAN_COSINE]
+    return _panel(
+        runs, lines, "Embedding health", "임베딩 건강", "mean cosine of two documents", "health",
+        reference=(limit, f"collapsed above {limit:g}"),
+    )  # fmt: skip
 
 
 def _clock_panel(runs: Sequence[RunRecord]) -> Panel | None:

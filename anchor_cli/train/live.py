@@ -19,7 +19,7 @@ from rich.text import Text
 
 from anchor_cli.base import metric_names as names
 from anchor_cli.base.checkpoints import checkpoint_step
-from anchor_cli.base.console import say, screen
+from anchor_cli.base.console import say, screen, warn
 from anchor_cli.base.runs import RunFolder, read_json_lines
 from anchor_cli.processes.logs import log_only, on_restore, screen_lock, wait_until_shown
 
@@ -95,6 +95,9 @@ class Live:
         self._newest[_BEST] = best.get("value", float("nan"))
         mark = " (best)" if best.get("step") == step else ""
         say(f"evaluation at step {step}: nDCG@10 {scores.get(_EVAL_SCORE, float('nan')):.4f}{mark}")
+        health = {key: scores.get(names.eval_key("avg", key), 0.0) for key in names.HEALTH_KEYS}
+        if reason := names.collapse(health):
+            warn(f"step {step}: {reason}")
 
     def saved(self, folder: Path) -> None:
         """A checkpoint stands."""
