@@ -24,6 +24,7 @@ from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.data.prepare import keeper
 from anchor_cli.data.prepare import prepare as prepare_module
 from anchor_cli.data.prepare.prepare import Options, prepare
 
@@ -225,9 +226,9 @@ def test_the_folder_loads_only_when_nothing_is_missing(
         written.extend(file.name for file in path.parent.iterdir())
         write_manifest(path, content)
 
-    write_page, write_manifest = prepare_module.write_html, prepare_module.write_json
-    monkeypatch.setattr(prepare_module, "write_html", write_html)
-    monkeypatch.setattr(prepare_module, "write_json", write_json)
+    write_page, write_manifest = keeper.write_html, keeper.write_json
+    monkeypatch.setattr(keeper, "write_html", write_html)
+    monkeypatch.setattr(keeper, "write_json", write_json)
     prepare([str(write_rows(tmp_path / "rows.jsonl", 50))], tmp_path / "out", tokenizer=tokenizer_folder)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*written, "prepare.json"} != set(written)
 

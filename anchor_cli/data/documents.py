@@ -8,7 +8,7 @@ from pathlib import Path
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, read_jsonl, read_texts
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
-from anchor_cli.data.prepare.rows import rows_of_part
+from anchor_cli.data.prepare.parse import rows_of_part
 from anchor_cli.data.sources.files import Limits
 from anchor_cli.data.sources.sources import Source, SourceOptions, open_source
 
