@@ -314,7 +314,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     distinct = sorted(set(benchmark.corpus.values()))
     directions = [tuple(np.sign(embedder.vectors[text])) for text in distinct]
     alike = sum(count for count in Counter(directions).values() if count > 1) / len(distinct)
-    assert f"warning: runs/a/checkpoint-1: {alike:.0%} of the documents" in shown.err
+    assert f"warning: runs/a/checkpoint-1: ko/toy: {alike:.0%} of the documents" in shown.err
     assert "a/checkpoint-1" in shown.out and "b/checkpoint-1" in shown.out
     for metric in ("ndcg@10", "mrr@10"):
         gap = both[1].difference(both[0], metric)
