@@ -59,6 +59,8 @@ class Live:
         checkpoint = run.settled.checkpoint
         if checkpoint is not None and (step := checkpoint_step(checkpoint)) is not None:
             self._newest[_SAVED] = step
+        if run.best:
+            self._newest[_BEST] = run.best["value"]
         say(f"{run.folder}: steps {first}..{run.last_step} of {run.total_steps}, {self._setup()}")
         if not screen().is_terminal or screen().is_dumb_terminal:
             return
