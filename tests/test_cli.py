@@ -186,6 +186,25 @@ def test_no_color_and_no_terminal_mean_plain_text() -> None:
         assert "\x1b[3" not in done.stderr  # no colour
 
 
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}),
+    ],
+)
+def test_the_allocator_is_set_before_torch_is_imported(given: dict[str, str], want: dict[str, str]) -> None:
+    script = (
+        "import os, sys, atexit\nsys.argv = ['anchor', '--version']\nfrom anchor_cli.commands.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, "
+        "{key: value for key, value in os.environ.items() if 'ALLOC_CONF' in key}))\nmain()"
+    )
+    environment = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key} | given
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"False {want}"
+
+
 def test_progress_without_a_terminal_is_lines_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

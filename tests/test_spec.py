@@ -73,7 +73,7 @@ def test_the_keys_are_those_of_the_design() -> None:
     hardness_mode hardness_strength matryoshka_dims matryoshka_weights kd_weight kd_temperature num_hard_negatives
     learning_rate num_train_epochs warmup_steps warmup_ratio max_steps stop_after_n_steps weight_decay max_grad_norm
     lr_scheduler_type seed per_device_train_batch_size gradient_accumulation_steps global_batch_size
-    max_tokens_per_micro_batch precision attn_implementation gradient_checkpointing torch_compile deepspeed
+    max_tokens_per_micro_batch precision attn_implementation gradient_checkpointing torch_compile liger deepspeed
     eval_steps eval_on_start eval_batch_size eval_data save_steps save_total_limit logging_steps report_to
     run_name""".split()
     assert list(RunSpec.model_fields) == want

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "its address, the project (default `anchor`), `offline` or `disabled`; `true` switches it off.",
     "`NETRC`": "The file with W&B's key, where it is not `~/.netrc`.",
     "`CC`, `TORCH_EXTENSIONS_DIR`, `XDG_CACHE_HOME`": "Compiler and folders of kernels that are compiled on this host.",
+    "`PYTORCH_ALLOC_CONF`, `PYTORCH_CUDA_ALLOC_CONF`": "torch's memory allocator. Default: `expandable_segments:True`.",
     "`DEEPSPEED_LOG_LEVEL`": "What DeepSpeed says. Default: `warning`.",
 }
 """What the code reads from the environment (a test compares the names)."""

@@ -27,8 +27,8 @@ Name = Annotated[str, Field(min_length=1)]
 # What a run's result does not depend on: free to change between the starts of one experiment.
 NOT_OF_THE_RESULT = frozenset(
     "dataset_name output_dir experiment_id stop_after_n_steps max_tokens_per_micro_batch attn_implementation "
-    "gradient_checkpointing torch_compile deepspeed eval_steps eval_on_start eval_batch_size eval_data save_steps "
-    "save_total_limit logging_steps report_to run_name".split()
+    "gradient_checkpointing torch_compile liger deepspeed eval_steps eval_on_start eval_batch_size eval_data "
+    "save_steps save_total_limit logging_steps report_to run_name".split()
 )
 
 OF_STAGE_I = ("reconstruction_targets", "d2q_weight", "q2d_weight")
@@ -169,6 +169,9 @@ class RunSpec(BaseModel):
     """Recompute activations in the backward pass to save memory. `auto`: only when they would not fit."""
     torch_compile: bool = False
     """Compile the model's blocks with `torch.compile`."""
+    liger: bool | Literal["auto"] = "auto"
+    """Liger's fused norms, rotary embedding and SwiGLU. `auto`: on GPUs, where it is installed, knows the model and its
+    kernels run on this host; `true`: an error where they do not. Not used on a CPU."""
     deepspeed: Name = "zero2_bf16"
     """DeepSpeed config: a name in `ds_configs/` or a path. Default: `zero2_bf16`, or `zero2_fp32` when `precision` is
     `float32`."""
