@@ -168,3 +168,43 @@ def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(
     subprocess.run(command, check=True)
     for path in sorted(whole.folder.iterdir()):
         assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def anchor(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "anchor_cli", "mine", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_with_one_and_two_processes(prepared: Path, small_model: Path, tmp_path: Path) -> None:
+    """Raw or prepared pairs, one process or two: the same folder, which Stage II and `datasets` read."""
+    options = ["--model", small_model, "--relative-margin", "0.0", "--num-negatives", "3", "--corpus", prepared]
+    done = anchor(prepared, "--out", tmp_path / "one", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["rows"] == len(PreparedPairs.open(prepared)) == sum(summary["rows_with"].values())
+    assert not (tmp_path / "one.mining").exists()
+    two = anchor(prepared, "--out", tmp_path / "two", "--nproc-per-node", "2", *options)
+    assert two.returncode == 0, two.stderr
+    for name in [*sorted(path.name for path in (tmp_path / "one").glob("*.arrow")), "mining.html"]:
+        first, second = ((tmp_path / run / name).read_bytes() for run in ("one", "two"))
+        assert first == second, name
+    pairs = PreparedPairs.open(tmp_path / "one")
+    negatives = [pairs.cell(row, "negatives") for row in range(len(pairs))]
+    assert sum(map(len, negatives)) == summary["negatives"] > 0
+    assert all(text.strip() for texts in negatives for text in texts)
+    again = anchor(prepared, "--out", tmp_path / "one", *options)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--range-min", "9", "--range-max", "9"], "--range-min 9"),
+        (["--corpus", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_wrong_option_is_refused(
+    prepared: Path, small_model: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    done = anchor(prepared, "--model", small_model, "--out", tmp_path / "out", *options)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -38,6 +38,7 @@ COMMANDS = {
     },
     "Use": {
         "eval": "nDCG@10 and MRR@10 on NanoBEIR or any BEIR folder",
+        "mine": "hard negatives for Stage II by a model's own ranking",
         "search": "the documents nearest to a question, with scores",
         "export": "a checkpoint -> a folder that Stage II starts from",
     },
@@ -45,6 +46,10 @@ COMMANDS = {
 """Headings of `anchor --help`, the commands below them and what each is for, in a few words."""
 
 EXAMPLES = {
+    "mine": (
+        "anchor mine data/pairs --model checkpoint-2000 --out data/mined",
+        "anchor mine data/pairs --model export --out data/mined --corpus data/beir --num-negatives 7 --range-max 32",
+    ),
     "demo": ("anchor demo", "anchor demo --steps 100 --out /tmp/demo"),
     "doctor": ("anchor doctor", "anchor doctor run.json --gradients"),
     "init": (

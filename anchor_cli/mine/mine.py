@@ -66,12 +66,21 @@ def begin(folder: Path, identity: dict[str, Any], rules: Rules) -> Store:
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("embeddings") != identity:
         shutil.rmtree(folder, ignore_errors=True)
-    elif before.get("rules") != plan["rules"]:
+    elif before.get("rules") != plan["rules"]:  # embeddings stay
         for result in folder.glob("negatives-*.npz"):
             result.unlink()
     store = Store(folder)
     write_json(path, plan)
     return store
+
+
+def has_begun(folder: Path, identity: dict[str, Any], rules: Rules) -> bool:
+    """Whether rank 0 has made the store ready for this very mining."""
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(plan == json.loads(json.dumps({"embeddings": identity, "rules": asdict(rules)})))
 
 
 def encode(corpus: Corpus, embedder: Embedder, store: Store, place: Place) -> None:

@@ -1,0 +1,216 @@
+"""One mining from pairs to a prepared folder: opens what is needed, lets the ranks work, writes the result.
+
+The folder appears under its name by one rename, when it is whole: prepared rows with negatives, `mining.json`,
+`mining.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchor_cli.base.console import progress, say
+from anchor_cli.base.contract import TextContract
+from anchor_cli.base.errors import InputError
+from anchor_cli.base.files import fsync_tree, write_json
+from anchor_cli.data.documents import read_documents
+from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.data.prepare.prepare import Options, prepare
+from anchor_cli.data.text import load_tokenizer
+from anchor_cli.evaluate.embedder import contract_of, load_embedder
+from anchor_cli.mine import mine
+from anchor_cli.mine.corpus import Corpus, corpus_of
+from anchor_cli.mine.page import write_page
+from anchor_cli.mine.select import REJECTED, Rules
+from anchor_cli.mine.store import Store
+
+SUMMARY, PAGE = "mining.json", "mining.html"
+HISTOGRAM_BINS = 50
+
+
+@dataclass(frozen=True)
+class Mining:
+    """What `anchor mine` is asked for."""
+
+    pairs: Path
+    model: Path
+    out: Path
+    rules: Rules
+    further: Sequence[str] = ()
+    """Further documents."""
+    work_dir: Path | None = None
+    """Where embeddings are kept; kept afterwards, too. None: beside `out`, removed when all is done."""
+    batch_tokens: int = 16384
+    cross_encoder: str | None = None
+
+    @property
+    def store(self) -> Path:
+        return self.work_dir or self.out.with_name(f"{self.out.name}.mining")
+
+
+def require_new(mining: Mining) -> None:
+    """Refuse a folder that is there. Raises InputError."""
+    if mining.out.exists():
+        raise InputError(f"{mining.out}: is there already", "name another folder with --out, or remove it")
+
+
+def prepare_raw_pairs(mining: Mining) -> None:
+    """Prepare raw pairs beside the store under the model's contract, once; by one process, before ranks exist.
+
+    Raises:
+        InputError: no such pairs, or none that can be used.
+    """
+    if _is_prepared(mining.pairs) or _is_prepared(_prepared(mining)):
+        return
+    say(f"{mining.pairs}: raw pairs; preparing them first")
+    contract = contract_of(mining.model, load_tokenizer(mining.model))
+    _prepared(mining).parent.mkdir(parents=True, exist_ok=True)
+    prepare([str(mining.pairs)], _prepared(mining), **_contract_options(contract, mining.model))
+
+
+def open_pairs(mining: Mining) -> PreparedPairs:
+    """The pairs, or what `prepare_raw_pairs` made of them.
+
+    Raises:
+        InputError: raw pairs under another's launcher; the hint is the line that prepares them.
+    """
+    for folder in (mining.pairs, _prepared(mining)):
+        if _is_prepared(folder):
+            return PreparedPairs.open(folder)
+    raise InputError(
+        f"{mining.pairs}: raw pairs, which one of several processes cannot prepare for all",
+        f"prepare them once: anchor prepare {mining.pairs} --out DIR --tokenizer {mining.model}",
+    )
+
+
+def _prepared(mining: Mining) -> Path:
+    return mining.store.with_name(f"{mining.store.name}-pairs")
+
+
+def _is_prepared(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def corpus_texts(names: Sequence[str]) -> list[str]:
+    """Further documents, in order."""
+    return [text for name in names for text in read_documents(name).values()]
+
+
+def identity_of(mining: Mining, pairs: PreparedPairs) -> dict[str, Any]:
+    """What the embeddings depend on."""
+    files = sorted(path for path in mining.model.iterdir() if path.suffix in (".safetensors", ".json"))
+    return {
+        "pairs": pairs.fingerprint,
+        "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "corpus": [len(mining.further), sum(map(len, mining.further))],
+        "batch_tokens": mining.batch_tokens,
+    }
+
+
+def mine_rank(mining: Mining, rank: int, world_size: int, local_rank: int) -> tuple[Store, Corpus]:
+    """This rank's share of the work; returns when all ranks have done theirs."""
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    embedder = load_embedder(mining.model, batch_tokens=mining.batch_tokens, device=device)
+    pairs = open_pairs(mining)
+    corpus = corpus_of(pairs, mining.further)
+    identity = identity_of(mining, pairs)
+    if rank == 0:
+        store = mine.begin(mining.store, identity, mining.rules)
+    else:
+        store = Store(mining.store)
+        while not mine.has_begun(mining.store, identity, mining.rules):
+            time.sleep(0.1)
+    place = mine.Place(rank, world_size, device)
+    mine.encode(corpus, embedder, store, place)
+    mine.search(corpus, embedder.dimension, store, mining.rules, place)
+    return store, corpus
+
+
+def finish(mining: Mining, store: Store, corpus: Corpus) -> dict[str, Any]:
+    """Write the folder and return what `mining.json` says. Rank 0 only."""
+    mined, rejected = mine.results(store, corpus)
+    staged = mining.out.with_name(f".{mining.out.name}.mined")
+    shutil.rmtree(staged, ignore_errors=True)
+    rows = store.folder / "rows.jsonl"
+    _write_rows(rows, mine.records(mined, corpus), mining.cross_encoder, len(mined))
+    options = Options(query_column="anchor", document_column="positive", language_column="language", negatives=True)
+    prepare([str(rows)], staged, **_contract_options(corpus.pairs.contract, mining.model), options=options)
+    rows.unlink()
+    summary = summary_of(mining, mined, rejected, corpus)
+    write_json(staged / SUMMARY, summary)
+    write_page(staged / PAGE, summary, samples_of(mined, corpus))
+    fsync_tree(staged)
+    os.rename(staged, mining.out)
+    if mining.work_dir is None:
+        for folder in (mining.store, _prepared(mining)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return summary
+
+
+def _contract_options(contract: TextContract, model: Path) -> dict[str, Any]:
+    return {
+        "tokenizer": model,
+        "max_seq_length": contract.max_seq_length,
+        "text_template": contract.text_template,
+        "instructions": contract.instructions,
+        "training_instructions": contract.training_instructions,
+        "num_proc": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+    }
+
+
+def _write_rows(path: Path, records: Iterator[dict[str, Any]], cross_encoder: str | None, num_rows: int) -> None:
+    """Rows as JSON lines; with a cross-encoder its scores of positive and negatives, too, as `scores`."""
+    scorer = None
+    if cross_encoder is not None:
+        from sentence_transformers import CrossEncoder
+
+        scorer = CrossEncoder(cross_encoder)
+    with open(path, "w", encoding="utf-8", newline="\n") as file, progress("write", num_rows, "rows") as bar:
+        for record in records:
+            if scorer is not None:
+                documents = [record["positive"], *record["negatives"]]
+                scores = scorer.predict([(record["anchor"], document) for document in documents])
+                record["scores"] = [float(score) for score in scores]
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            bar.advance(1)
+
+
+def summary_of(mining: Mining, mined: Sequence[mine.Mined], rejected: Counter[str], corpus: Corpus) -> dict[str, Any]:
+    """What was mined, in numbers: `mining.json`, `--json` and the page."""
+    rows_with = Counter(len(one.negatives) for one in mined)
+    edges = np.linspace(-1.0, 1.0, HISTOGRAM_BINS + 1)
+    scores = [score for one in mined for score in one.negative_scores]
+    return {
+        "out": str(mining.out),
+        "model": str(mining.model),
+        "cross_encoder": mining.cross_encoder,
+        "rules": asdict(mining.rules),
+        "rows": len(mined),
+        "queries": corpus.num_queries,
+        "documents": corpus.num_documents,
+        "negatives": sum(num * rows for num, rows in rows_with.items()),
+        "rows_with": {str(num): rows_with[num] for num in sorted(rows_with)},
+        "rejected": {reason: rejected[reason] for reason in REJECTED if rejected[reason]},
+        "scores": {
+            "edges": [round(float(edge), 6) for edge in edges],
+            "positives": np.histogram([one.positive_score for one in mined], edges)[0].tolist(),
+            "negatives": np.histogram(scores, edges)[0].tolist(),
+        },
+    }
+
+
+def samples_of(mined: Sequence[mine.Mined], corpus: Corpus, num: int = 20) -> list[dict[str, Any]]:
+    """Rows to read, evenly spread."""
+    rows = np.unique(np.linspace(0, len(mined) - 1, num).astype(np.int64))
+    chosen = [mined[row] for row in rows]
+    return [record | {"row": one.row} for record, one in zip(mine.records(chosen, corpus), chosen, strict=True)]
