@@ -7,6 +7,7 @@ Knows nothing of anchor, so that it also runs where only an older transformers i
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -81,12 +82,15 @@ def by_sentence_transformers(folder: str, groups: list[Group]) -> Iterator[Readi
 
 
 def main(folder: str, texts: str, out: str) -> None:
-    """Every reading by both libraries, as JSON."""
+    """Every reading by both libraries, and their versions, as JSON."""
     groups = json.loads(Path(texts).read_text(encoding="utf-8"))
     mode = json.loads((Path(folder) / "anchor.json").read_text(encoding="utf-8"))["pooling_mode"]
-    readings = {
+    readings: dict[str, Any] = {
         "transformers": list(by_transformers(folder, groups, mode)),
         "sentence-transformers": list(by_sentence_transformers(folder, groups)),
+    }
+    readings["versions"] = {
+        name: importlib.metadata.version(name) for name in ("transformers", "sentence-transformers")
     }
     Path(out).write_text(json.dumps(readings), encoding="utf-8")
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from anchor_cli.base.errors import InputError
 from anchor_cli.model.attention import PACKED_ATTENTION, register
+from anchor_cli.model.exactness import Trial, logit_scale, packing_problem, try_configuration
+from anchor_cli.model.reconstruction import LOGIT_SCALE
 
+_PLAIN = "take a model with plain causal attention, such as Qwen3, Qwen2, Llama or Mistral"
 _LIGER_MODELS = ("qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3_text")
 
 
@@ -27,9 +30,6 @@ def load_backbone(
 ) -> PreTrainedModel:
     """A causal language model (`Qwen3ForCausalLM` or any other decoder of transformers) on the CPU.
 
-    Gradient checkpointing is non-reentrant: with DeepSpeed ZeRO-2 and a backbone used twice a step the reentrant kind
-    gives wrong gradients (measured, deepspeed 0.19.8).
-
     Args:
         max_seq_length: tokens of the longest text to come, where that is known.
         reconstructs: the output layer is used, too, and its weights must be there.
@@ -42,6 +42,8 @@ def load_backbone(
     source = str(folder_or_id)
     _refuse_pickled_weights(source)
     try:
+        config = AutoConfig.from_pretrained(source)
+        trial = refuse_configuration(config, source, max_seq_length=max_seq_length, reconstructs=reconstructs)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -60,14 +62,29 @@ def load_backbone(
     model: PreTrainedModel
     model, info = loaded
     _refuse_missing_weights(model, info["missing_keys"], source, reconstructs)
-    _refuse_other_attention(model, source, max_seq_length, reconstructs)
+    _refuse_other_results(model, source, reconstructs, trial)
     model.config.use_cache = False
     # A config that names a pad token (often [EOS]) makes stock models drop the gradient of its embedding row. There
     # is no padding here, and [EOS] must learn.
     model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass. Without dropout nothing random is recomputed, so no state is kept.
+
+    Non-reentrant: with DeepSpeed ZeRO-2 and a backbone used twice a step the reentrant kind gives wrong gradients
+    (measured, deepspeed 0.19.8).
+    """
+    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    draws |= any("drop" in name and value for name, value in model.config.to_dict().items())
+    options = {"use_reentrant": False, "preserve_rng_state": draws}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 def apply_liger(model: PreTrainedModel) -> bool:
@@ -137,32 +154,80 @@ def _refuse_missing_weights(model: PreTrainedModel, missing: set[str], source: s
         )
 
 
-def _refuse_other_attention(
-    model: PreTrainedModel, source: str, max_seq_length: int | None, reconstructs: bool
-) -> None:
-    """A model whose numbers would be wrong, because packed attention is plain, causal and of full reach."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
+def refuse_configuration(
+    config: PretrainedConfig, source: str, *, max_seq_length: int | None = None, reconstructs: bool = False
+) -> Trial:
+    """Refuse, before any weights are read, a model whose numbers would be wrong here.
+
+    Packed attention is plain, causal and of full reach, and the loss takes hidden states times the output matrix.
+    What a configuration says of it is looked at first; a small model of it shows the rest (model/exactness.py).
+
+    Raises:
+        InputError: which part of the model anchor does not compute.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
     strange = sorted(kinds - {"full_attention", "sliding_attention"})
-    found = None
-    if getattr(config, "attn_logit_softcapping", None):
-        found = "soft-capped attention scores (attn_logit_softcapping)"
-    elif reconstructs and getattr(config, "final_logit_softcapping", None):
-        found = "soft-capped logits (final_logit_softcapping)"
-    elif any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        found = "attention sinks"
+    part = None
+    if getattr(text, "attn_logit_softcapping", None):
+        part = "soft-capped attention scores (attn_logit_softcapping)"
+    elif reconstructs and getattr(text, "final_logit_softcapping", None):
+        part = "soft-capped logits (final_logit_softcapping)"
     elif strange:
-        found = f"layers of {strange[0]}"
-    elif getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False:
-        found = "attention in both directions"
-    if found:
-        raise InputError(
-            f"model_name_or_path: {source!r} ({config.model_type}) has {found}, which anchor does not compute",
-            hint="take a model with plain causal attention, such as Qwen3, Qwen2, Llama or Mistral",
-        )
+        part = f"layers of {strange[0]}"
+    elif getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", None) is False:
+        part = "attention in both directions"
+    if part:
+        raise _not_computed(config, source, part)
+    _refuse_long_texts(text, source, kinds, max_seq_length)
+    trial = try_configuration(config)
+    if trial.packing_problem:
+        raise _not_packable(config, source, trial.packing_problem)
+    if reconstructs and trial.output_problem:
+        raise _not_computed(config, source, trial.output_problem)
+    return trial
+
+
+def _refuse_long_texts(config: PretrainedConfig, source: str, kinds: set[str], max_seq_length: int | None) -> None:
+    """Texts beyond a sliding window, or so long that rotary frequencies would depend on the longest text of a pack."""
     window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
     if window and max_seq_length and max_seq_length > window:
         raise InputError(
             f"max_seq_length: {max_seq_length}, but {source!r} attends over a sliding window of {window} tokens only",
             hint=f"set max_seq_length to {window} or less, or take a model without a sliding window",
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    if limit and max_seq_length and max_seq_length > limit:
+        raise InputError(
+            f"max_seq_length: {max_seq_length}, but {source!r} ({rope['rope_type']} rotary embeddings) encodes texts "
+            f"of more than {limit} tokens otherwise, and whatever is packed beside them",
+            hint=f"set max_seq_length to {limit} or less",
+        )
+
+
+def _refuse_other_results(model: PreTrainedModel, source: str, reconstructs: bool, trial: Trial) -> None:
+    """What only the loaded model shows: sinks, its output layer, and packing where no small model could be tried."""
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        raise _not_computed(model.config, source, "attention sinks")
+    if not trial.was_tried and (problem := packing_problem(model)):
+        raise _not_packable(model.config, source, problem)
+    if reconstructs:
+        try:
+            setattr(model, LOGIT_SCALE, logit_scale(model))
+        except InputError as error:
+            raise _not_computed(model.config, source, error.message) from error
+
+
+def _not_computed(config: PretrainedConfig, source: str, part: str) -> InputError:
+    return InputError(
+        f"model_name_or_path: {source!r} ({config.model_type}) has {part}, which anchor does not compute", hint=_PLAIN
+    )
+
+
+def _not_packable(config: PretrainedConfig, source: str, problem: str) -> InputError:
+    return InputError(
+        f"model_name_or_path: {source!r} ({config.model_type}) cannot be run without padding: {problem}", hint=_PLAIN
+    )

@@ -82,26 +82,37 @@ def older_fields(kind: type[PretrainedConfig], config: dict[str, Any]) -> dict[s
 def _rope_in_older_names(rope: dict[str, Any], config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """How models of transformers 4 wrote rotary parameters, the commonest way first."""
     if "rope_theta" in rope:
-        rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        scaling = None if rest == {"rope_type": "default"} else rest
+        scaling = {"rope_scaling": _older_scaling(rope, config)}
         partial = rope.get("partial_rotary_factor")
-        both = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-        if partial is None:
-            yield both
-            return
-        if config.get("model_type", "").startswith("gpt_neox"):
-            yield {"rotary_emb_base": rope["rope_theta"], "rotary_pct": partial, "rope_scaling": scaling}
-        yield both | {"partial_rotary_factor": partial}
+        if partial is not None and config.get("model_type", "").startswith("gpt_neox"):
+            yield {"rotary_emb_base": rope["rope_theta"], "rotary_pct": partial} | scaling
+        yield (
+            {"rope_theta": rope["rope_theta"]}
+            | scaling
+            | ({} if partial is None else {"partial_rotary_factor": partial})
+        )
         return
-    whole, local = rope.get("full_attention"), rope.get("sliding_attention")
-    if not (whole and local and "rope_theta" in whole and "rope_theta" in local):
-        return
-    rest = {key: value for key, value in whole.items() if key != "rope_theta"}
-    scaling = None if rest == {"rope_type": "default"} else rest
-    yield {"rope_theta": whole["rope_theta"], "rope_local_base_freq": local["rope_theta"], "rope_scaling": scaling}
-    yield {"global_rope_theta": whole["rope_theta"], "local_rope_theta": local["rope_theta"], "rope_scaling": scaling}
-    if whole == local:
-        yield {"rope_theta": whole["rope_theta"], "rope_scaling": scaling}
+    whole, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+    if "rope_theta" in whole and "rope_theta" in local:
+        scaling = {"rope_scaling": _older_scaling(whole, config)}
+        base, base_of_windows = whole["rope_theta"], local["rope_theta"]
+        yield {"rope_theta": base, "rope_local_base_freq": base_of_windows} | scaling
+        yield {"global_rope_theta": base, "local_rope_theta": base_of_windows} | scaling
+        if whole == local:
+            yield {"rope_theta": base} | scaling
+
+
+def _older_scaling(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    """`rope_scaling` of transformers 4.
+
+    Its YaRN takes max_position_embeddings / original_max_position_embeddings instead of `factor` where the latter is
+    there; transformers 5 fills it in with max_position_embeddings, which there would mean a factor of 1.
+    """
+    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    same = rest.get("original_max_position_embeddings") == config.get("max_position_embeddings")
+    if rest.get("rope_type") == "yarn" and same:
+        del rest["original_max_position_embeddings"]
+    return None if rest == {"rope_type": "default"} else rest
 
 
 def _sliding_window_pattern(layer_types: list[str] | None) -> int | None:

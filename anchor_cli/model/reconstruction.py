@@ -31,12 +31,30 @@ def target_scales(
     return d2q_weight / max(1, query_targets), q2d_weight / max(1, document_targets)
 
 
+LOGIT_SCALE = "anchor_logit_scale"
+"""Attribute of a loaded language model: what its logits are a multiple of hidden states times output matrix by."""
+
+
 class MicroBatchLoss(NamedTuple):
     """`loss` carries the gradient; the two sums (nats, detached) over D2Q and Q2D targets are for the log."""
 
     loss: torch.Tensor
     d2q_sum: torch.Tensor
     q2d_sum: torch.Tensor
+
+
+def packed_hidden_states(
+    language_model: PreTrainedModel, inputs: torch.Tensor, texts: PackedTexts, kernel: str
+) -> torch.Tensor:
+    """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm."""
+    out = language_model.get_decoder()(
+        inputs_embeds=inputs[None],
+        position_ids=texts.position_ids[None],
+        use_cache=False,
+        packing=Packing(texts.cu_seqlens, texts.lengths, kernel),
+    )
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
 
 
 class ReconstructionModel(nn.Module):
@@ -53,20 +71,13 @@ class ReconstructionModel(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.output_layer = OutputLayer(language_model.get_output_embeddings().weight, chunk_targets)
+        self.logit_scale = float(getattr(language_model, LOGIT_SCALE, 1.0))
         self.kernel = kernel
         self.pooling_mode = pooling_mode
 
     def hidden_states(self, inputs: torch.Tensor, packing: PackedTexts) -> torch.Tensor:
         """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm."""
-        decoder = self.language_model.get_decoder()
-        out = decoder(
-            inputs_embeds=inputs.unsqueeze(0),
-            position_ids=packing.position_ids.unsqueeze(0),
-            use_cache=False,
-            packing=Packing(packing.cu_seqlens, packing.lengths, self.kernel),
-        )
-        hidden: torch.Tensor = out.last_hidden_state.squeeze(0)
-        return hidden
+        return packed_hidden_states(self.language_model, inputs, packing, self.kernel)
 
     def encode(self, texts: PackedTexts, content_starts: torch.Tensor | None = None) -> torch.Tensor:
         """(N, D) embeddings, not normalised: one causal pass per text, positions from 0."""
@@ -89,6 +100,8 @@ class ReconstructionModel(nn.Module):
             q2d_scale: the same for document targets.
         """
         hidden = self.reconstruct(batch, self.encode(batch.texts, batch.content_starts))
+        if self.logit_scale != 1.0:  # Granite, HyperCLOVA X, Cohere: logits are a multiple of hidden · Wᵀ
+            hidden = hidden * self.logit_scale
         count = batch.num_query_targets
         weights = torch.empty(len(hidden), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         weights[:count], weights[count:] = d2q_scale, q2d_scale
