@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from anchor_cli.model.attention import PACKED_ATTENTION, register
-from anchor_cli.model.backbone import compile_layers
+from anchor_cli.model.backbone import checkpoint_activations, compile_layers
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 
@@ -35,7 +35,7 @@ def model(checkpointing: bool) -> Qwen3ForCausalLM:
     )  # fmt: skip
     made = Qwen3ForCausalLM(config).train()
     if checkpointing:
-        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(made)
     return made
 
 

@@ -9,6 +9,7 @@ from test_flops import QWEN3_0_6B, TINY
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from anchor_cli.model.attention import PACKED_ATTENTION, register
+from anchor_cli.model.backbone import checkpoint_activations
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan import memory as memory_model
@@ -28,7 +29,7 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
     backbone = Qwen3ForCausalLM(Qwen3Config(**kwargs, attn_implementation=PACKED_ATTENTION, use_cache=False))
     backbone.to(dtype).train()
     if checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(backbone)
     weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

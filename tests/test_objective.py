@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from anchor_cli.model.attention import PACKED_ATTENTION, register
+from anchor_cli.model.backbone import checkpoint_activations
 from anchor_cli.model.packed import pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 
@@ -135,7 +136,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     pairs = random_pairs(4, seed=5)
     plain = ReconstructionModel(tiny(torch.float64), kernel="sdpa")
     checkpointed = copy.deepcopy(plain)
-    checkpointed.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(checkpointed.language_model)
     checkpointed.train()
     packed_losses(plain, [pairs], "text", 0.8, 0.2)
     packed_losses(checkpointed, [pairs], "text", 0.8, 0.2)

@@ -15,6 +15,7 @@ from anchor_cli.base.contract import TextContract, differences, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.text import contract_with, load_tokenizer
+from anchor_cli.data.tokenizer_fit import embedding_rows, require_exportable, require_ids_within
 from anchor_cli.spec.spec import RunSpec
 
 _OF_THE_MODEL = frozenset({"text_template", "pooling_mode", "eos_token", "eos_token_id", "tokenizer_fingerprint"})
@@ -25,12 +26,16 @@ def contract_for(spec: RunSpec) -> TextContract:
     """The text contract that this spec trains under, with its model's tokenizer.
 
     Raises:
-        InputError: no tokenizer, or the model is a checkpoint or export that was trained under another contract.
+        InputError: no tokenizer, one that does not fit the model or could never be exported, or the model is a
+            checkpoint or export that was trained under another contract.
     """
     if spec.stage == "II":
         raise InputError("stage: II: this version prepares its data, but does not train it yet")
+    tokenizer = load_tokenizer(spec.model_name_or_path)
+    require_ids_within(tokenizer, embedding_rows(spec.model_name_or_path), spec.model_name_or_path)
+    require_exportable(tokenizer, spec.model_name_or_path)
     contract = contract_with(
-        load_tokenizer(spec.model_name_or_path),
+        tokenizer,
         text_template=spec.text_template,
         instructions=spec.query_instructions,
         training_instructions=spec.training_instructions,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import TextEncoder, contract_with, eos_of, load_tokenizer, tokenizer_fingerprint
+from anchor_cli.data.tokenizer_fit import require_ids_within
 from anchor_cli.evaluate.search import device_of
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import load_backbone
@@ -236,7 +237,9 @@ def load_embedder(
     number = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(path)
     contract = contract_of(path, tokenizer)
-    language_model = load_backbone(path, dtype=number)
+    language_model = load_backbone(path, dtype=number, max_seq_length=contract.max_seq_length)
+    embedding: Any = language_model.get_input_embeddings()
+    require_ids_within(tokenizer, embedding.weight.shape[0], path)
     kernel = choose_kernel(attn_implementation, place, number)
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=contract.pooling_mode).to(place).eval()
     return PackedEmbedder(

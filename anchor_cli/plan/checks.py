@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.check import Check
-from anchor_cli.base.errors import AnchorError, InputError
+from anchor_cli.base.errors import AnchorError, InputError, first_line
 from anchor_cli.base.files import existing_parent, free_bytes
 from anchor_cli.base.hub import hub_hint
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
@@ -56,7 +56,29 @@ def _model(spec: RunSpec) -> Iterator[Check]:
     elif not any(folder.glob("*.safetensors")):
         yield Check("model", "fail", f"{folder}: no *.safetensors", "copy the weights there")
     else:
-        yield Check("model", "ok", str(folder))
+        yield _fit_of(spec, folder)
+
+
+def _fit_of(spec: RunSpec, folder: Path) -> Check:
+    """Whether training would refuse the model or its tokenizer. A small random model of the same kind is tried."""
+    from transformers import AutoConfig
+
+    from anchor_cli.model.backbone import refuse_configuration
+
+    try:
+        contract_for(spec)
+        config = AutoConfig.from_pretrained(folder)
+        trial = refuse_configuration(config, str(folder), max_seq_length=spec.max_seq_length, reconstructs=True)
+    except AnchorError as error:
+        return Check("model", "fail", error.message, error.hint or "take another model")
+    except (OSError, ValueError, KeyError) as error:
+        return Check("model", "fail", f"{folder}: {first_line(error)}", "a causal language model of transformers")
+    if not trial.was_tried:
+        remedy = "anchor train tries the real model before its first step"
+        return Check(
+            "model", "warn", f"{folder}: no small model of its kind ({config.model_type}) could be tried", remedy
+        )
+    return Check("model", "ok", str(folder))
 
 
 def _data(spec: RunSpec) -> Iterator[Check]:

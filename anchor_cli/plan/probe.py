@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.model.attention import PACKED_ATTENTION, choose_kernel, register
-from anchor_cli.model.backbone import apply_liger, load_backbone
+from anchor_cli.model.backbone import apply_liger, checkpoint_activations, load_backbone
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan.estimate import Estimate
@@ -80,7 +80,7 @@ def _backbone(spec: RunSpec, dtype: torch.dtype, checkpointing: bool) -> PreTrai
     except (KeyError, ValueError) as error:
         raise InputError(f"{where}: no causal language model that transformers knows: {first_line(error)}") from error
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 
