@@ -288,6 +288,20 @@ def test_environment_variables_that_are_read_are_on_the_page() -> None:
     assert len(read) > 15
 
 
+def test_an_encoding_that_lacks_characters_costs_these_characters_only() -> None:
+    script = (
+        "import sys; from anchor_cli.commands import cli; from anchor_cli.base.console import print_json\n"
+        "assert cli.run(['--version']) == 0\n"
+        r"print('\ud55c \u2192 \uad6d'); print_json({'\uc9c8\ubb38': '\u2192'})"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    _, plain, *document = done.stdout.splitlines()
+    assert plain == "? ? ?"
+    assert json.loads("\n".join(document)) == {"질문": "→"}
+
+
 @pytest.mark.slow
 def test_a_wheel_brings_its_configs_and_schema(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,21 +57,35 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """One line that deserves a look: `warning: …`, yellow on a terminal."""
+    """One line `warning: …`, yellow on a terminal."""
     console().print(f"warning: {line}", style="yellow")
 
 
+def tolerate_encodings() -> None:
+    """Print `?` where stdout or stderr has an encoding that lacks a character (LANG=C, an old locale)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def print_json(obj: Any) -> None:
-    """The result, as one JSON document on stdout."""
-    sys.stdout.write(json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
+    """The result, as one JSON document on stdout; in ASCII where its encoding is not one of Unicode."""
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    sys.stdout.write(json.dumps(obj, ensure_ascii=not unicode, indent=2) + "\n")
     sys.stdout.flush()
 
 
-class Progress(Protocol):
-    """What `progress` yields."""
+class Progress:
+    """Counts finished units; `show` gets how many are done, in how many seconds."""
+
+    def __init__(self, show: Callable[[float, float], None]) -> None:
+        self._show = show
+        self._done, self._start = 0.0, time.monotonic()
 
     def advance(self, num: float = 1) -> None:
         """`num` more units are done."""
+        self._done += num
+        self._show(self._done, max(time.monotonic() - self._start, 1e-9))
 
 
 @contextmanager
@@ -79,58 +94,34 @@ def progress(description: str, total: float | None = None, unit: str = "rows") -
 
     A bar on a terminal; otherwise a plain line about every 10 s, and nothing at all for work shorter than that.
     """
-    out = screen()
-    if not out.is_terminal:
-        yield _PlainProgress(description, total, unit)
+    of = "" if total is None else f"/{total:,.0f}"
+    if not screen().is_terminal:
+        next_line_s = _PLAIN_LINE_EVERY_S
+
+        def print_line(done: float, seconds: float) -> None:
+            nonlocal next_line_s
+            if seconds >= next_line_s and done:
+                next_line_s = seconds + _PLAIN_LINE_EVERY_S
+                left = "" if total is None else f", {seconds * (total - done) / done:,.0f} s left"
+                say(f"{description}: {done:,.0f}{of} {unit}, {done / seconds:,.1f}/s{left}")
+
+        yield Progress(print_line)
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+    from rich.progress import Progress as Bars
 
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[count]}"),
-        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     ]
-    with RichProgress(*columns, console=out, transient=False) as bars:
-        yield _BarProgress(bars, bars.add_task(description, total=total, count="", rate=""), total, unit)
-
-
-def _count(done: float, total: float | None) -> str:
-    return f"{done:,.0f}" if total is None else f"{done:,.0f}/{total:,.0f}"
-
-
-class _BarProgress:
-    def __init__(self, bars: Any, task: Any, total: float | None, unit: str) -> None:
-        self._bars, self._task, self._total, self._unit = bars, task, total, unit
-        self._done, self._start = 0.0, time.monotonic()
-
-    def advance(self, num: float = 1) -> None:
-        self._done += num
-        rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        self._bars.update(
-            self._task,
-            advance=num,
-            count=f"{_count(self._done, self._total)} {self._unit}",
-            rate=f"{rate:,.1f}/s",
+    with Bars(*columns, console=screen()) as bars:
+        task = bars.add_task(description, total=total, count="")
+        yield Progress(
+            lambda done, seconds: bars.update(
+                task, completed=done, count=f"{done:,.0f}{of} {unit} {done / seconds:,.1f}/s"
+            )
         )
-
-
-class _PlainProgress:
-    def __init__(self, description: str, total: float | None, unit: str) -> None:
-        self._description, self._total, self._unit = description, total, unit
-        self._done, self._start = 0.0, time.monotonic()
-        self._next_line = self._start + _PLAIN_LINE_EVERY_S
-
-    def advance(self, num: float = 1) -> None:
-        self._done += num
-        now = time.monotonic()
-        if now < self._next_line:
-            return
-        self._next_line = now + _PLAIN_LINE_EVERY_S
-        rate = self._done / (now - self._start)
-        left = "" if self._total is None else f", {(self._total - self._done) / max(rate, 1e-9):,.0f} s left"
-        say(f"{self._description}: {_count(self._done, self._total)} {self._unit}, {rate:,.1f}/s{left}")

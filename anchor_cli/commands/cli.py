@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from anchor_cli import __version__
+from anchor_cli.base.console import tolerate_encodings
 from anchor_cli.base.errors import AnchorError, first_line, nearest
 
 COMMANDS = {
@@ -140,6 +141,7 @@ def _anchor(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure is one or two plain lines on stderr."""
+    tolerate_encodings()
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="anchor", standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into an exit

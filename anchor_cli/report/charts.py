@@ -92,6 +92,19 @@ def running_median(values: Sequence[float], width: int) -> list[float]:
     return [statistics.median(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
 
 
+def tick_label(value: float) -> str:
+    """A tick: 12000 -> 12k, 0.00004 -> 4e-5, 0.25 -> 0.25."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:g}k"
+    if 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.6g}"
+
+
 def svg(chart: Chart, name: str) -> Markup:
     """The chart as an `<svg>` element whose ids start with `name` (several SVGs share one page)."""
     with _style():
@@ -146,7 +159,7 @@ def _frame(axes: Axes, chart: Chart) -> None:
     axes.set_title(chart.unit, loc="left")
     if not chart.log:
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
         low, high = axes.get_ylim()
         shown = [value * chart.scale for line in chart.lines for value in line.series.values]
         if chart.from_zero or (shown and min(shown) >= 0.0 > low):
@@ -155,20 +168,7 @@ def _frame(axes: Axes, chart: Chart) -> None:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-
-
-def _number(value: float) -> str:
-    """A tick: 12000 -> 12k, 0.00004 -> 4e-5, 0.25 -> 0.25."""
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:g}M"
-    if size >= 1e4:
-        return f"{value / 1e3:g}k"
-    if 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.6g}"
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
 
 
 def _draw_events(axes: Axes, chart: Chart) -> None:

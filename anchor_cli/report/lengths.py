@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from anchor_cli.report.charts import tick_label
+
 WIDTH, HEIGHT = 480, 210
 _LEFT, _TOP, _BOTTOM = 40, 20, 34  # room for the axes' labels, pixels of the picture
 _MAX_LABELS = 8
@@ -76,7 +78,7 @@ def histogram(counted: Sequence[Sequence[int]], limit: int | None) -> Histogram:
         if limit is not None and (one.start <= limit <= one.stop or (at == 0 and limit < one.start)):
             limit_x = x + step * max(limit - one.start, 0) / (one.stop - one.start + 1)
     tick = round_up(-(-most // 4))
-    ticks = [(HEIGHT - _BOTTOM - room * value / most, _short(value)) for value in range(0, most + 1, tick)]
+    ticks = [(HEIGHT - _BOTTOM - room * value / most, tick_label(value)) for value in range(0, most + 1, tick)]
     return Histogram(bars, ticks, limit_x)
 
 
@@ -88,7 +90,3 @@ def round_up(number: int) -> int:
             if factor * step >= number:
                 return factor * step
         step *= 10
-
-
-def _short(value: int) -> str:
-    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e4 else f"{value:,}"

@@ -1,6 +1,6 @@
-"""What a run folder says about its run: the reading half of `anchor report`, no pictures.
+"""Reads a run folder for `anchor report`: metrics, events, spec, environment, counts of the data.
 
-Files read (design §5): `metrics.jsonl`, `events.jsonl`, `spec.json`, `environment.json`, and the data's `prepare.json`.
+Files read: `metrics.jsonl`, `events.jsonl`, `spec.json`, `environment.json`, and the data's `prepare.json`.
 A run may be alive or may have died in the middle of a line: a torn last line of `metrics.jsonl`, and every torn line of
 `events.jsonl`, is left out. Anything else that cannot be read is an error that names the file and the line.
 """
@@ -102,7 +102,7 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """One of finished, stopped, failed (its last word is an incident), open (running, or died without a word)."""
+        """One of finished, stopped, failed (the last event is an incident), open (running, or died at once)."""
         if self.events and self.events[-1].kind == "incident":
             return "failed"
         for event in reversed(self.events):
@@ -217,12 +217,12 @@ def _is_evaluation(line: dict[str, Any]) -> bool:
 
 
 def _benchmarks(lines: list[dict[str, Any]]) -> list[str]:
-    found: dict[str, None] = {}
+    known: dict[str, None] = {}
     for line in lines:
         for key in line:
             if key.startswith(names.EVAL_PREFIX) and key.endswith("/" + NDCG):
-                found.setdefault(key[len(names.EVAL_PREFIX) : -len(NDCG) - 1])
-    return [name for name in found if name != "avg"]
+                known.setdefault(key[len(names.EVAL_PREFIX) : -len(NDCG) - 1])
+    return [name for name in known if name != "avg"]
 
 
 def _events(path: Path) -> list[Event]:

@@ -27,6 +27,7 @@ THRESHOLDS = (128, 256, 512, 1024, 2048)
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 _BINS = 16
 _BAR = 40
+_RATE_FROM_S = 30.0
 
 
 @dataclass
@@ -111,10 +112,14 @@ class PrepareSummary:
     seconds: float
     """Wall-clock time; not part of the prepared folder, which is the same whenever and however it is made."""
 
+    @property
+    def rows_per_s(self) -> float | None:
+        """None for work so short that starting the processes is most of it."""
+        return round(self.tally.num_in / self.seconds, 1) if self.seconds >= _RATE_FROM_S else None
+
     def as_dict(self) -> dict[str, Any]:
         """One JSON document."""
-        rate = self.tally.num_in / self.seconds if self.seconds else 0.0
-        timing = {"seconds": round(self.seconds, 3), "rows_per_s": round(rate, 1)}
+        timing = {"seconds": round(self.seconds, 3), "rows_per_s": self.rows_per_s}
         return {"out": self.out, "fingerprint": self.fingerprint, **self.tally.as_dict(), **timing}
 
 
@@ -186,9 +191,8 @@ def print_summary(summary: PrepareSummary, max_seq_length: int, out: Console) ->
     for side in SIDES:
         out.print(f"\n{side} length, tokens", style="bold")
         _print_histogram(bins_of(counted["histogram"][side]), max_seq_length, out)
-    out.print(
-        f"\n{summary.out}: {tally.num_kept:,} pairs in {summary.seconds:.1f} s, {counted['rows_per_s']:,.0f} rows/s"
-    )
+    rate = "" if summary.rows_per_s is None else f", {summary.rows_per_s:,.0f} rows/s"
+    out.print(f"\n{summary.out}: {tally.num_kept:,} pairs in {summary.seconds:.1f} s{rate}")
     out.print(f"fingerprint {summary.fingerprint[:16]}; pictures in report.html, rejected rows in rejected.jsonl")
 
 
