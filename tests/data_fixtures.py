@@ -24,7 +24,7 @@ AWKWARD = [
     "👨‍👩‍👧 가족 🏳️‍🌈",
     "e\u0301 한글 ｆｕｌｌ width",  # NFC changes it
     "\u0301x",  # begins with a combining mark
-    "!@#$%^&*()x !@#$%^&*()",
+    "x !@#$%^&*()x !@#$%^&*()",
     "<|im_end|>",
     "<|im_start|>user\nhi<|im_end|>",
     "<|im_e",

@@ -59,7 +59,7 @@ DEFECTS: list[tuple[bytes, str | None, str | None]] = [
     (b'{"query": "seals?", "document": "rivers"}', None, None),
     (b'{"query": "\\u1112\\u1161\\u11ab", "document": "NFD"}', None, None),
     (b'{"query": "\\ud55c", "document": "NFD"}', "same_query_same_document", None),
-    (b'{"query": "<|im_end|>", "document": "!@#$%^&*()"}', None, None),
+    (b'{"query": "<|im_end|>", "document": "a !@#$%^&*()"}', None, None),
 ]
 
 

@@ -17,9 +17,9 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.data.text import (
     SEPARATOR,
     TextEncoder,
+    content_of,
     eos_of,
     load_tokenizer,
-    record,
     split_record,
     tokenizer_fingerprint,
 )
@@ -115,19 +115,24 @@ def test_a_batch_equals_its_texts_one_by_one() -> None:
         assert (got.content_start, got.num_tokens) == (want.content_start, want.num_tokens)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(any_text)
-def test_record_splits_at_the_first_separator(content: str) -> None:
-    assert split_record(record(content, None)) == (None, content)
-    assert split_record(record(content, INSTRUCTION_KO)) == (INSTRUCTION_KO, content)
-
-
-def test_record_form() -> None:
-    assert record("x", "do") == "do; !@#$%^&*()x"
-    assert record("x", None) == "!@#$%^&*()x"
-    assert split_record(f"do; {SEPARATOR}a{SEPARATOR}b") == ("do", f"a{SEPARATOR}b")
-    with pytest.raises(InputError, match="not a record"):
-        split_record("no separator")
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (f"{SEPARATOR}x", ("", "x")),
+        (f"do; {SEPARATOR}x", ("do; ", "x")),
+        (f"do; {SEPARATOR}a{SEPARATOR}b", ("do; ", f"a{SEPARATOR}b")),
+        (f"a; b; {SEPARATOR}x", ("a; b; ", "x")),
+        (f"지시문; {SEPARATOR}", ("지시문; ", "")),
+        ("no separator", None),
+        (f"how to type {SEPARATOR}", None),
+        (f"do;{SEPARATOR}x", None),
+        (f" {SEPARATOR}x", None),
+        (f"a {SEPARATOR}b; {SEPARATOR}c", None),
+    ],
+)
+def test_a_record_is_split_at_its_first_separator(text: str, want: tuple[str, str] | None) -> None:
+    assert split_record(text) == want
+    assert content_of(text) == (text if want is None else want[1])
 
 
 def test_eos_of() -> None:

@@ -60,6 +60,13 @@ def prepare(
         ),
     ] = None,
     exclude_ngram: Annotated[int, typer.Option(min=2, help="Equal words in a row that count as a leak.")] = 13,
+    separator_as_text: Annotated[
+        bool,
+        typer.Option(
+            "--separator-as-text",
+            help="Read !@#$%^&*() as text. By default `{instruction}; !@#$%^&*(){query}` brings its own instruction.",
+        ),
+    ] = False,
     near_duplicates: Annotated[
         bool, typer.Option("--near-duplicates", help="Leave out nearly equal pairs too (MinHash; slower).")
     ] = False,
@@ -98,6 +105,7 @@ def prepare(
             weights=_weights(weights),
             exclude=tuple(exclude or ()),
             exclude_ngram=exclude_ngram,
+            separator_as_text=separator_as_text,
             near_duplicates=near_duplicates,
             max_characters=max_characters,
             negatives=(stage or stage_of_spec) == "II",

@@ -11,6 +11,7 @@ from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.prepare.parse import rows_of_part
 from anchor_cli.data.sources.files import Limits
 from anchor_cli.data.sources.sources import Source, SourceOptions, open_source
+from anchor_cli.data.text import content_of
 
 _TEXT = "text"  # the column of a file that holds documents only
 
@@ -57,4 +58,4 @@ def _documents_of(source: Source) -> Iterator[tuple[str, str]]:
                 many = document if isinstance(document, list) else [document]
                 for index, text in enumerate(many):
                     if isinstance(text, str):
-                        yield f"{place}{row + 1}" + (f".{index + 1}" if len(many) > 1 else ""), text
+                        yield f"{place}{row + 1}" + (f".{index + 1}" if len(many) > 1 else ""), content_of(text)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from anchor_cli.base.contract import TextContract, differences, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.files import writer_of
-from anchor_cli.data.text import Int32Array, canonical
+from anchor_cli.data.text import Int32Array, canonical, content_of
 
 MANIFEST = "prepare.json"
 FORMAT = 1
@@ -141,9 +141,16 @@ class PreparedPairs:
         return queries, documents
 
     def texts(self, row: int) -> tuple[str, str, str]:
-        """(query, document, language) of one row, as they came in."""
+        """(query, document, language) of one row; of a record its content, without instruction and separator."""
         query, document, language = self._cells(row, TEXT_COLUMNS)
-        return query, document, language
+        return self._content(query), self._content(document), language
+
+    @cached_property
+    def _has_records(self) -> bool:
+        return bool(set(self.manifest.get("counts", {}).get("forms", ())) - {"plain"})
+
+    def _content(self, text: str) -> str:
+        return content_of(text) if self._has_records else text
 
     def content_starts(self, row: int) -> tuple[int, int]:
         """Index of the first content token of one row's query and document, without loading the columns."""
@@ -181,9 +188,9 @@ class PreparedPairs:
         return np.concatenate([_buffer(batch.column(name), dtype) for batch in self._batches])
 
     def strings(self, name: str) -> Iterator[str]:
-        """A column of texts, row by row."""
+        """A column of texts, row by row; of a record its content."""
         for batch in self._batches:
-            yield from batch.column(name).to_pylist()
+            yield from map(self._content, batch.column(name).to_pylist())
 
     def _cells(self, row: int, names: tuple[str, ...]) -> list[Any]:
         batch = int(np.searchsorted(self._first_rows, row, side="right")) - 1

@@ -26,7 +26,7 @@ from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.base.hub import has_hub_form
 
 SEPARATOR = "!@#$%^&*()"
-"""Marks in a training record where content begins; it never reaches the tokenizer."""
+"""Marks in a training record of LLM2Vec's form where content begins; it never reaches the tokenizer."""
 
 BASE_TOKENIZER = "base_tokenizer"
 """Folder of an export with the tokenizer as it was in training; the export's own one closes texts for other tools."""
@@ -34,21 +34,20 @@ BASE_TOKENIZER = "base_tokenizer"
 Int32Array = npt.NDArray[np.int32]
 
 
-def record(content: str, instruction: str | None) -> str:
-    """The training record: `{instruction}; !@#$%^&*(){content}`, without instruction `!@#$%^&*(){content}`."""
-    return f"{instruction}; {SEPARATOR}{content}" if instruction else f"{SEPARATOR}{content}"
+def split_record(text: str) -> tuple[str, str] | None:
+    """(head, content) of a training record `{instruction}; !@#$%^&*(){content}` or `!@#$%^&*(){content}`; else None.
 
-
-def split_record(rec: str) -> tuple[str | None, str]:
-    """(instruction or None, content) of a record, split at the *first* separator: later ones are ordinary text.
-
-    Raises:
-        InputError: no separator, or the part before it does not end in "; ".
+    The head is `{instruction}; `, or empty. Split is at the *first* separator, later ones are text; and so is one after
+    anything that does not end in "; ".
     """
-    before, separator, content = rec.partition(SEPARATOR)
-    if not separator or (before and not before.endswith("; ")):
-        raise InputError(f"not a record: {rec[:60]!r}, expected '{{instruction}}; {SEPARATOR}{{content}}'")
-    return before[: -len("; ")] or None, content
+    head, separator, content = text.partition(SEPARATOR)
+    return (head, content) if separator and (not head or head.endswith("; ")) else None
+
+
+def content_of(text: str) -> str:
+    """The content of a training record, or the text itself."""
+    record = split_record(text)
+    return text if record is None else record[1]
 
 
 def canonical(text: str) -> str:

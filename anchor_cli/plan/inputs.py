@@ -156,7 +156,8 @@ def _prepared(spec: RunSpec, folder: Path) -> Rows:
 
 def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
     """Tokenise an evenly spread sample of the raw source as `anchor prepare` would, and draw all rows from it."""
-    from anchor_cli.data.prepare.rows import EvenSample, RowMaker, Task, Work
+    from anchor_cli.data.prepare.rows import RowMaker
+    from anchor_cli.data.prepare.work import EvenSample, Task, Work
     from anchor_cli.data.sources.files import Limits
     from anchor_cli.data.sources.sources import SourceOptions, open_source
     from anchor_cli.data.training_set import contract_for

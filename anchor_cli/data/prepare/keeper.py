@@ -18,9 +18,9 @@ from anchor_cli.data.pairs import FORMAT, MANIFEST, NOT_OF_THE_ROWS, PreparedPai
 from anchor_cli.data.prepare.checks import Seen
 from anchor_cli.data.prepare.near import BANDS
 from anchor_cli.data.prepare.page import write_html
-from anchor_cli.data.prepare.rows import Prepared, Rejected, Work
 from anchor_cli.data.prepare.shards import ShardWriter
 from anchor_cli.data.prepare.summary import PrepareSummary, Tally
+from anchor_cli.data.prepare.work import Prepared, Rejected, Work
 from anchor_cli.data.sources.sources import Source
 
 REJECTED_FILE, REPORT_FILE = "rejected.jsonl", "report.html"
@@ -59,6 +59,7 @@ class Keeper:
         self._tally.num_in += prepared.num_in
         self._tally.num_left_out += prepared.num_left_out
         self._tally.negatives_left_out += prepared.negatives_left_out
+        self._tally.instructions.add(source, [prepared.uses[at] for at in np.flatnonzero(kept)])
 
     def finish(self, out: Path, sources: list[Source], work: Work, options: dict[str, Any]) -> PrepareSummary:
         """Write the rest of the folder, what makes it load last: killed between, it is whole or does not load.

@@ -20,7 +20,7 @@ from anchor_cli.data.prepare.checks import text_fault
 from anchor_cli.data.prepare.leaks import LeakIndex
 from anchor_cli.data.prepare.shards import NEGATIVE_COLUMNS, SCORES
 from anchor_cli.data.sources.files import Columns, Fault
-from anchor_cli.data.text import TokenisedText, canonical
+from anchor_cli.data.text import TokenisedText, canonical, content_of
 
 
 @dataclass
@@ -39,12 +39,15 @@ class NegativeChecks:
 
     max_characters: int
     leaks: LeakIndex | None
+    separator_as_text: bool = False
 
     def __call__(
         self, columns: Columns, values: Sequence[Any], query: str, document: str, escaped: bool
     ) -> Negatives | None:
         """The usable negatives of a row with `values` in `columns.extra`. None: its scores are not one a document."""
         texts = _texts(values[: len(columns.negatives)])
+        if not self.separator_as_text:
+            texts = [content_of(text) if isinstance(text, str) else text for text in texts]
         scores = _scores(values[len(columns.negatives) :], len(texts)) if columns.scores else None
         if columns.scores and scores is None:
             return None

@@ -33,8 +33,8 @@ from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.prepare.keeper import Keeper
 from anchor_cli.data.prepare.leaks import NGRAM_WORDS, LeakIndex
 from anchor_cli.data.prepare.near import require_library
-from anchor_cli.data.prepare.rows import EvenSample, Task, Work
 from anchor_cli.data.prepare.summary import PrepareSummary
+from anchor_cli.data.prepare.work import EvenSample, Task, Work
 from anchor_cli.data.prepare.workers import in_order
 from anchor_cli.data.sources.files import Limits
 from anchor_cli.data.sources.sources import Source, SourceOptions, check_split_options, open_source
@@ -53,6 +53,8 @@ class Options(SourceOptions):
     """Benchmarks, as for `anchor eval --data`, whose texts must not be trained on."""
     exclude_ngram: int = NGRAM_WORDS
     """Words in a row that count as a leak."""
+    separator_as_text: bool = False
+    """Take `!@#$%^&*()` for text; by default it marks a record with an instruction of its own."""
     near_duplicates: bool = False
     """Leave out nearly equal pairs too."""
     max_characters: int = 1_000_000
@@ -107,8 +109,10 @@ def prepare(
         scratch.mkdir()
         leaks = _leak_folder(options, scratch)
         work = Work(str(tokenizer), contract, Limits(options.max_characters), leaks, options.near_duplicates)
-        work = replace(work, negatives=options.negatives)
+        work = replace(work, negatives=options.negatives, separator_as_text=options.separator_as_text)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
+    for note in summary.tally.instructions.notes():
+        say(note)
     summary.seconds = time.monotonic() - started
     return summary
 

@@ -10,99 +10,40 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from anchor_cli.base.contract import TextContract
+from anchor_cli.base.contract import query_prefix
 from anchor_cli.data.prepare.checks import pair_key, row_language, text_fault
 from anchor_cli.data.prepare.leaks import LeakIndex
 from anchor_cli.data.prepare.negatives import NegativeChecks, Negatives, encode_negatives, negative_columns
 from anchor_cli.data.prepare.parse import rows_of_part
-from anchor_cli.data.prepare.shards import schema_of
-from anchor_cli.data.sources.files import Columns, Fault, Limits, Part
-from anchor_cli.data.text import Int32Array, TextEncoder, TokenisedText, canonical, load_tokenizer
+from anchor_cli.data.prepare.work import Prepared, Rejected, Task, Use, Work
+from anchor_cli.data.sources.files import Fault
+from anchor_cli.data.text import (
+    SEPARATOR,
+    Int32Array,
+    TextEncoder,
+    TokenisedText,
+    canonical,
+    load_tokenizer,
+    split_record,
+)
 
 _ENCODE_CHARACTERS = 1 << 18  # an encoding takes some hundred bytes a character while it lives
 _ENCODE_TEXTS = 128
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every worker process gets once."""
+class _Side(NamedTuple):
+    """A query or a document."""
 
-    tokenizer: str
-    contract: TextContract
-    limits: Limits
-    leak_folder: Path | None
-    near_duplicates: bool
-    negatives: bool = False
-    """Keep hard negatives, for Stage II."""
-    scores: bool = False
-    """Keep a teacher's scores of them."""
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the prepared rows."""
-        return schema_of(negatives=self.negatives, scores=self.scores)
-
-
-@dataclass(frozen=True)
-class EvenSample:
-    """Take `wanted` of `available` rows, evenly spread: the weight of a source."""
-
-    wanted: int
-    available: int
-
-    def takes(self, row: int) -> bool:
-        """Whether row `row` (from 0, in the source) is one of them."""
-        return (row + 1) * self.wanted // self.available > row * self.wanted // self.available
-
-
-@dataclass(frozen=True)
-class Task:
-    """A part, where it comes from, and which of its rows are wanted."""
-
-    part: Part
-    columns: Columns
-    sample: EvenSample | None
-    first_in_source: int
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that is left out."""
-
-    row: int
-    """From 0, in its file."""
-    item: int | None
-    """Which of the row's list of documents."""
-    reason: str
-    """A key of `checks.REASONS`."""
-    side: str | None
-    """`query` or `document` where one of them is at fault."""
-    benchmark: str | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The rows of a part that passed, and those that did not."""
-
-    num_in: int
-    num_left_out: int
-    rejected: list[Rejected]
-    table: pa.Table
-    rows: npt.NDArray[np.int64]  # (R,) row in its file
-    items: npt.NDArray[np.int64]  # (R,) which of a list of documents; -1 without a list
-    exact_keys: npt.NDArray[np.uint64]  # (R,)
-    canonical_keys: npt.NDArray[np.uint64]  # (R,)
-    near_keys: npt.NDArray[np.uint64] | None  # (R, bands)
-    query_tokens: Int32Array  # (R,) before truncation
-    document_tokens: Int32Array  # (R,) before truncation
-    negatives_left_out: Counter[str]
+    given: Any
+    """As it came."""
+    head: str | None
+    """`{instruction}; ` of a record, or empty; None: the text is no record."""
+    content: Any
 
 
 @dataclass
@@ -111,8 +52,13 @@ class _Pair:
     item: int | None
     query: str
     document: str
-    language: str
-    canonical_key: int
+    heads: tuple[str, str]
+    """What stands before the content of query and document, and is no content."""
+    given: tuple[str, str]
+    """Query and document as they came: with their separators where the row is a record."""
+    keys: tuple[int, int]
+    """`pair_key` of the texts and of their canonical forms."""
+    use: Use
     negatives: Negatives
 
 
@@ -123,10 +69,11 @@ class RowMaker:
         self._work, self._contract = work, work.contract
         tokenizer = load_tokenizer(work.tokenizer)
         self._encoder = TextEncoder(tokenizer, work.contract.text_template, work.contract.max_seq_length)
+        self._uses: dict[Use, Use] = {}
 
     @cached_property
     def _negative_checks(self) -> NegativeChecks:
-        return NegativeChecks(self._work.limits.characters, self._leaks)
+        return NegativeChecks(self._work.limits.characters, self._leaks, self._work.separator_as_text)
 
     @cached_property
     def _leaks(self) -> LeakIndex | None:
@@ -143,9 +90,9 @@ class RowMaker:
                 continue
             num_in += 1
             escaped = task.part.kind == "rows"
-            checked = self._check(row, item, query, document, language, escaped=escaped)
+            checked = self._check(row, item, self._side(query), self._side(document), language, escaped=escaped)
             if isinstance(checked, _Pair) and task.columns.extra:
-                negatives = self._negative_checks(task.columns, extra, query, document, escaped)
+                negatives = self._negative_checks(task.columns, extra, checked.query, checked.document, escaped)
                 unlike = Rejected(row, item, "scores_unlike", None)
                 checked = unlike if negatives is None else replace(checked, negatives=negatives)
             (rejected if isinstance(checked, Rejected) else pairs).append(checked)  # type: ignore[arg-type]
@@ -159,41 +106,52 @@ class RowMaker:
             else:
                 yield row, None, query, "" if document == [] else document, language, extra
 
+    def _side(self, given: Any) -> _Side:
+        record = split_record(given) if isinstance(given, str) and not self._work.separator_as_text else None
+        return _Side(given, None, given) if record is None else _Side(given, *record)
+
     def _check(
-        self, row: int, item: int | None, query: Any, document: Any, language: Any, escaped: bool
+        self, row: int, item: int | None, query: _Side, document: _Side, language: Any, escaped: bool
     ) -> _Pair | Rejected:
-        most = self._work.limits.characters
-        for side, text in (("query", query), ("document", document)):
+        most, sides = self._work.limits.characters, (("query", query.content), ("document", document.content))
+        for side, text in sides:
             fault = text.reason if isinstance(text, Fault) else text_fault(text, most, escaped_bytes=escaped)
             if fault is not None:
-                whole_row = isinstance(query, Fault) and isinstance(document, Fault)
+                whole_row = isinstance(query.content, Fault) and isinstance(document.content, Fault)
                 return Rejected(row, item, fault, None if whole_row else side)
-        same_query, same_document = canonical(query), canonical(document)
-        if same_query == same_document:
+        if canonical(query.content) == canonical(document.content):
             return Rejected(row, item, "query_is_document", None)
-        language = None if isinstance(language, Fault) else row_language(language, query, document)
-        if language is None or self._instruction(language) is None:
+        language = None if isinstance(language, Fault) else row_language(language, query.content, document.content)
+        instruction = None if language is None else self._instruction(language)
+        if language is None or (instruction is None and query.head is None):
             return Rejected(row, item, "unknown_language", None)
         if self._leaks is not None:
-            for side, text in (("query", query), ("document", document)):
+            for side, text in sides:
                 if (leak := self._leaks.find(text)) is not None:
                     return Rejected(row, item, leak.reason, side, leak.benchmark)
-        return _Pair(row, item, query, document, language, pair_key(same_query, same_document), Negatives())
+        return self._pair(row, item, query, document, language, query_prefix(instruction))
+
+    def _pair(
+        self, row: int, item: int | None, query: _Side, document: _Side, language: str, default_head: str
+    ) -> _Pair:
+        heads = (default_head if query.head is None else query.head, document.head or "")
+        given_forms = sum(side.head is not None for side in (query, document))
+        use = Use(language, heads[0].removesuffix("; "), ("plain", "half", "record")[given_forms])
+        # the same text under another instruction is another row; under the run's own it is the same
+        own = "" if heads[0] == default_head else heads[0] + SEPARATOR
+        keyed = own + query.content, heads[1] + document.content
+        keys = pair_key(*keyed), pair_key(canonical(keyed[0]), canonical(keyed[1]))
+        given = query.given, document.given
+        use = self._uses.setdefault(use, use)  # one object, which is sent to the parent process once a part
+        return _Pair(row, item, query.content, document.content, heads, given, keys, use, Negatives())
 
     def _instruction(self, language: str) -> str | None:
         known = self._contract.training_instructions
         return known.get(language, known.get("*"))
 
     def _prepared(self, num_in: int, num_left_out: int, rejected: list[Rejected], pairs: list[_Pair]) -> Prepared:
-        queries: list[TokenisedText | None] = [None] * len(pairs)
-        by_instruction: dict[str, list[int]] = {}
-        for index, pair in enumerate(pairs):
-            by_instruction.setdefault(self._instruction(pair.language) or "", []).append(index)
-        for instruction, members in by_instruction.items():
-            encoded = self._encode([pairs[index].query for index in members], instruction or None)
-            for index, text in zip(members, encoded, strict=True):
-                queries[index] = text
-        documents = self._encode([pair.document for pair in pairs], None)
+        queries = self._encode_under([pair.query for pair in pairs], [pair.heads[0] for pair in pairs])
+        documents = self._encode_under([pair.document for pair in pairs], [pair.heads[1] for pair in pairs])
         kept: list[tuple[_Pair, TokenisedText, TokenisedText]] = []
         for pair, query, document in zip(pairs, queries, documents, strict=True):
             for side, text in (("query", query), ("document", document)):
@@ -205,6 +163,18 @@ class RowMaker:
                 assert query is not None and document is not None
                 kept.append((pair, query, document))
         return self._columns(num_in, num_left_out, rejected, kept)
+
+    def _encode_under(self, texts: list[str], heads: list[str]) -> list[TokenisedText | None]:
+        """Each text behind its own head; those of one head together."""
+        encoded: list[TokenisedText | None] = [None] * len(texts)
+        by_head: dict[str, list[int]] = {}
+        for index, head in enumerate(heads):
+            by_head.setdefault(head, []).append(index)
+        for head, members in by_head.items():
+            together = self._encode([texts[index] for index in members], head or None)
+            for index, text in zip(members, together, strict=True):
+                encoded[index] = text
+        return encoded
 
     def _encode(self, texts: list[str], instruction: str | None) -> list[TokenisedText | None]:
         encoded: list[TokenisedText | None] = []
@@ -233,7 +203,7 @@ class RowMaker:
             lengths.append(np.array([len(text.ids) for text in side], dtype=np.int32))
             starts.append(np.array([text.content_start for text in side], dtype=np.int32))
             inner.append(np.array([np.count_nonzero(text.ids[:-1] == eos) for text in side], dtype=np.int32))
-        texts = [[pair.query for pair in pairs], [pair.document for pair in pairs], [pair.language for pair in pairs]]
+        texts = [[pair.given[side] for pair in pairs] for side in (0, 1)] + [[pair.use.language for pair in pairs]]
         columns = [pa.array(column, pa.string()) for column in texts]
         columns += [_ids_column(side, length) for side, length in zip(sides, lengths, strict=True)]
         columns += [pa.array(column) for column in (*lengths, *starts, *inner)]
@@ -257,12 +227,13 @@ class RowMaker:
             pa.Table.from_arrays(columns, schema=self._work.schema),
             np.array([pair.row for pair in pairs], dtype=np.int64),
             np.array([-1 if pair.item is None else pair.item for pair in pairs], dtype=np.int64),
-            np.array([pair_key(pair.query, pair.document) for pair in pairs], dtype=np.uint64),
-            np.array([pair.canonical_key for pair in pairs], dtype=np.uint64),
+            np.array([pair.keys[0] for pair in pairs], dtype=np.uint64),
+            np.array([pair.keys[1] for pair in pairs], dtype=np.uint64),
             near,
             np.array([text.num_tokens for text in sides[0]], dtype=np.int32),
             np.array([text.num_tokens for text in sides[1]], dtype=np.int32),
             left_out,
+            [pair.use for pair in pairs],
         )
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from anchor_cli.data.prepare.checks import REASONS
+from anchor_cli.data.prepare.instructions import InstructionTally
 from anchor_cli.data.text import Int32Array
 from anchor_cli.report.lengths import Bin, bins_of, round_up
 
@@ -48,6 +49,7 @@ class Tally:
     )
     """By side: how many kept texts have n tokens before truncation, for each n."""
 
+    instructions: InstructionTally = field(default_factory=InstructionTally)
     num_negatives: int | None = None
     """Hard negatives kept; None where none were asked for."""
     rows_by_negatives: Counter[int] = field(default_factory=Counter)
@@ -85,6 +87,8 @@ class Tally:
             },
             "rejected": {reason: self.rejected[reason] for reason in REASONS if self.rejected[reason]},
             "languages": dict(sorted(self.languages.items(), key=lambda item: (-item[1], item[0]))),
+            "instructions": self.instructions.by_instruction,
+            "forms": self.instructions.by_form,
             "tokens": {side: self.tokens[side] for side in SIDES},
             "lengths": {side: length_summary(self.lengths[side]) for side in SIDES},
             "share_longer_than": {

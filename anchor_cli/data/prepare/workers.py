@@ -19,7 +19,8 @@ from multiprocessing import get_context
 import pyarrow as pa
 
 from anchor_cli.base.errors import RunError
-from anchor_cli.data.prepare.rows import Prepared, RowMaker, Task, Work
+from anchor_cli.data.prepare.rows import RowMaker
+from anchor_cli.data.prepare.work import Prepared, Task, Work
 
 
 def in_order(tasks: Iterator[Task], work: Work, num_proc: int) -> Iterator[Prepared]:
