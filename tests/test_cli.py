@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -209,7 +211,7 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 4.0, 10.0, 15.0, 20.0, 21.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with console.progress("reading", total=1000) as bar:
         for _ in range(5):
             bar.advance(100)
@@ -217,6 +219,23 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
         "reading: 200/1,000 rows, 20.0/s, 40 s left",
         "reading: 400/1,000 rows, 20.0/s, 30 s left",
     ]
+
+
+@pytest.mark.parametrize(("seconds_each", "want"), [(0.1, False), (0.6, True)])
+def test_a_bar_on_a_terminal_for_long_work_only(
+    monkeypatch: pytest.MonkeyPatch, seconds_each: float, want: bool
+) -> None:
+    from rich.console import Console
+
+    out = StringIO()
+    monkeypatch.setattr(console, "screen", lambda: Console(file=out, force_terminal=True, width=100))
+    clock = iter([seconds_each * number for number in range(4)])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with console.progress("reading", total=3, unit="files") as bar:
+        for _ in range(3):
+            bar.advance()
+    assert ("3/3 files 1.7/s" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())) == want
+    assert bool(out.getvalue()) == want
 
 
 def test_readme_commands_exist() -> None:

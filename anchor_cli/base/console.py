@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PLAIN_LINE_EVERY_S = 10.0
+_BAR_AFTER_S = 1.0
 
 
 def console() -> Console:
@@ -92,7 +93,7 @@ class Progress:
 def progress(description: str, total: float | None = None, unit: str = "rows") -> Iterator[Progress]:
     """Shows how far a long piece of work is, with rate and time left.
 
-    A bar on a terminal; otherwise a plain line about every 10 s, and nothing at all for work shorter than that.
+    A bar on a terminal after 1 s; otherwise a plain line about every 10 s. Shorter work shows nothing.
     """
     of = "" if total is None else f"/{total:,.0f}"
     if not screen().is_terminal:
@@ -118,10 +119,15 @@ def progress(description: str, total: float | None = None, unit: str = "rows") -
         TextColumn("ETA"),
         TimeRemainingColumn(),
     ]
-    with Bars(*columns, console=screen()) as bars:
-        task = bars.add_task(description, total=total, count="")
-        yield Progress(
-            lambda done, seconds: bars.update(
-                task, completed=done, count=f"{done:,.0f}{of} {unit} {done / seconds:,.1f}/s"
-            )
-        )
+    bars = Bars(*columns, console=screen())
+    task = bars.add_task(description, total=total, count="")
+
+    def draw(done: float, seconds: float) -> None:
+        bars.update(task, completed=done, count=f"{done:,.0f}{of} {unit} {done / seconds:,.1f}/s")
+        if seconds >= _BAR_AFTER_S:
+            bars.start()  # once; later calls do nothing
+
+    try:
+        yield Progress(draw)
+    finally:
+        bars.stop()
