@@ -152,26 +152,24 @@ def test_tensorboard_hides_the_steps_that_are_trained_again(tmp_path: Path, monk
 def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from anchor_cli.train import loop as train
+    from anchor_cli.train import saving
 
     def fail(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "checkpoint-1")
 
-    monkeypatch.setattr(train, "save", lambda *_: tmp_path / "checkpoint-2")
-    monkeypatch.setattr(train.ckpt, "prune", fail)
-    training = train.Training.__new__(train.Training)
-    training.run = SimpleNamespace(folder=tmp_path, spec=SimpleNamespace(save_total_limit=1))  # type: ignore[assignment]
-    training.watchdog = SimpleNamespace(phase=lambda *_: None)  # type: ignore[assignment]
-    training.watch = SimpleNamespace(saved=lambda _: None)  # type: ignore[assignment]
-    training.log, training.wandb_run_id, training.saved_step = MetricsLog(tmp_path, 0), None, None
-    assert training.save(2)
-    assert training.saved_step == 2
+    monkeypatch.setattr(saving, "save", lambda *_: None)
+    monkeypatch.setattr(saving, "prune", fail)
+    spec = SimpleNamespace(save_total_limit=1, save_steps=2.0)
+    run = SimpleNamespace(folder=tmp_path, spec=spec, total_steps=4, checkpoint=None)
+    checkpoints = saving.Checkpoints(run, MetricsLog(tmp_path, 0))  # type: ignore[arg-type]
+    assert checkpoints.save(2)
+    assert checkpoints.saved_step == 2
     assert "older checkpoints could not be removed" in capsys.readouterr().err
 
 
 def test_a_run_is_not_stopped_before_where_it_is() -> None:
     from anchor_cli.spec.spec import RunSpec
-    from anchor_cli.train.run import refuse_to_stop_before
+    from anchor_cli.train.start import refuse_to_stop_before
 
     spec = RunSpec(model_name_or_path="m", dataset_file_path="d", stop_after_n_steps=4)
     refuse_to_stop_before(spec, Path("checkpoint-4"), 4)
@@ -231,8 +229,8 @@ def test_a_tracker_that_never_ends_costs_a_warning(capsys: pytest.CaptureFixture
     assert "wandb did not end cleanly (it did not answer)" in capsys.readouterr().err
 
 
-def ended(rank: int, code: int, *, at: float = 0.0, message: str = "boom", followed: bool = False) -> launch.Ended:
-    failure = watchdog.Failure(at, message, None, followed, rank == 0) if code > 0 and message else None
+def ended(rank: int, code: int, *, at: float = 0.0, message: str = "boom", consequence: bool = False) -> launch.Ended:
+    failure = watchdog.Failure(message, None, consequence, rank == 0, time=at) if code > 0 and message else None
     return launch.Ended(rank, 1000 + rank, code, failure)
 
 
@@ -240,12 +238,22 @@ def ended(rank: int, code: int, *, at: float = 0.0, message: str = "boom", follo
     ("ends", "signals", "error", "says"),
     [
         ([ended(0, 0), ended(1, 0)], [], None, ""),
-        ([ended(0, 1, at=1.0, message="lost touch", followed=True), ended(1, -9)], [], RunError, "rank 1 (pid 1001)"),
-        ([ended(0, 1, at=1.0, message="lost touch", followed=True), ended(2, 1, at=2.0)], [], RunError, "rank 2: boom"),
-        ([ended(1, 2, at=1.0, message="no data", followed=True)], [], InputError, "rank 1: no data"),
+        (
+            [ended(0, 1, at=1.0, message="lost", consequence=True), ended(1, -9)],
+            [],
+            RunError,
+            "rank 1 (pid 1001)",
+        ),
+        (
+            [ended(0, 1, at=1.0, message="lost", consequence=True), ended(2, 1, at=2.0)],
+            [],
+            RunError,
+            "rank 2: boom",
+        ),
+        ([ended(1, 2, at=1.0, message="no data", consequence=True)], [], InputError, "rank 1: no data"),
         ([ended(0, 75, message=""), ended(1, 75, message="")], [15], SystemExit, "75"),
         ([ended(0, 75, message=""), ended(1, -15)], [15], SystemExit, "75"),  # before it had a handler
-        ([ended(0, 2, message="wrong"), ended(1, 2, message="wrong", followed=True)], [], SystemExit, "2"),
+        ([ended(0, 2, message="wrong"), ended(1, 2, message="wrong", consequence=True)], [], SystemExit, "2"),
         ([ended(1, -7)], [], RunError, "SIGBUS"),
     ],
 )
@@ -261,8 +269,8 @@ def test_the_first_cause_is_told(
 
 
 def test_starting_again_is_advised_only_where_it_helps() -> None:
-    lost = ended(1, 1, message="rank 1 lost touch", followed=True)
-    full = launch.Ended(1, 11, 1, watchdog.Failure(0.0, "rank 1 on a: out of GPU memory", "lower it", False, False))
+    lost = ended(1, 1, message="rank 1 lost touch", consequence=True)
+    full = launch.Ended(1, 11, 1, watchdog.Failure("rank 1 on a: out of GPU memory", "lower it"))
     see = "see logs/rank-1.log of the run"
     for end, want in (
         (ended(1, 1, message="ImportError: libcudart.so.13"), see),
@@ -281,17 +289,17 @@ def test_a_full_gpu_is_the_ranks_own_failure_with_its_own_remedy(tmp_path: Path)
 
     from anchor_cli.train import worker
 
-    spec, dog = SimpleNamespace(run_folder=tmp_path), SimpleNamespace(stop=lambda: None)
+    files, dog = RunFolder(tmp_path), SimpleNamespace(stop=lambda: None)
     with (
         pytest.raises(RunError, match=r"rank 1 on .*: out of GPU memory with 9,216 tokens \(CUDA out of memory. Tried"),
-        worker.told_apart(spec, 1, dog),  # type: ignore[arg-type]
+        worker.failure_recorded(files, 1, dog),  # type: ignore[arg-type]
         worker.enough_memory(1, "with 9,216 tokens", "lower max_tokens_per_micro_batch"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    noted = watchdog.failure_of(RunFolder(tmp_path).heartbeats, 1)
-    assert noted is not None and not noted.followed and not noted.agreed
+    noted = watchdog.Failure.read(files.heartbeats, 1)
+    assert noted is not None and not noted.consequence and not noted.by_all
     assert noted.hint == "lower max_tokens_per_micro_batch"
-    assert launch.is_cause(launch.Ended(1, 11, 1, noted))
+    assert launch.is_root_cause(launch.Ended(1, 11, 1, noted))
 
 
 def test_what_follows_from_another_rank_is_told_from_what_does_not() -> None:
@@ -300,9 +308,9 @@ def test_what_follows_from_another_rank_is_told_from_what_does_not() -> None:
         "NCCL communicator was aborted on rank 1.",
         "Timed out waiting 1800000ms for recv operation to complete",
     ):
-        assert watchdog.lost_peer(RuntimeError(text)), text
+        assert watchdog.is_lost_peer(RuntimeError(text)), text
     for error in (RuntimeError("shape '[2, 3]' is invalid"), ValueError("gloo"), MemoryError()):
-        assert not watchdog.lost_peer(error), error
+        assert not watchdog.is_lost_peer(error), error
 
 
 def test_a_rank_that_stopped_beating_is_named(tmp_path: Path) -> None:

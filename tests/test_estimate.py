@@ -169,7 +169,9 @@ def test_plan_and_train_count_the_same_gpus(
     started: list[int] = []
     monkeypatch.setattr("anchor_cli.processes.signals.StopFlag.install", lambda flag: None)
     monkeypatch.setattr("anchor_cli.processes.launch.launch", lambda arguments, num, *rest: started.append(num))
-    monkeypatch.setattr("anchor_cli.train.worker.work", lambda *arguments: started.append(1))
+    monkeypatch.setattr("anchor_cli.train.worker.run_rank", lambda *arguments: started.append(1))
+    monkeypatch.setattr("anchor_cli.processes.launch.prepare_run_folder", lambda folder: None)
+    monkeypatch.setattr("anchor_cli.data.training_set.prepare_raw", lambda spec: None)
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     assert run(["train", str(ROOT / KURE)]) == 0

@@ -92,20 +92,20 @@ def bare_workers(num: int) -> launch.Workers:
     return made
 
 
-@pytest.mark.parametrize("agreed", [True, False])
-def test_rank_0_may_finish_its_trackers_after_an_end_that_all_agreed_on(
-    monkeypatch: pytest.MonkeyPatch, agreed: bool
+@pytest.mark.parametrize("by_all", [True, False])
+def test_rank_0_may_finish_its_trackers_after_an_end_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, by_all: bool
 ) -> None:
     """After 0.5 s rank 0 ends too; a rank that only lost touch is explained by then, or not."""
     monkeypatch.setattr(launch, "_CAUSE_S", 0.1)
-    one = launch.Ended(1, 11, 1, Failure(0.0, "not finite", None, followed=True, said=False, agreed=agreed))
-    zero = launch.Ended(0, 10, 1, Failure(0.0, "not finite", None, followed=False, said=True))
+    one = launch.Ended(1, 11, 1, Failure("not finite", consequence=True, by_all=by_all))
+    zero = launch.Ended(0, 10, 1, Failure("not finite", reported=True))
     workers, began = bare_workers(2), time.monotonic()
     monkeypatch.setattr(workers, "ended", lambda: [one, zero] if time.monotonic() > began + 0.5 else [one])
-    assert workers.wait() == ([one, zero] if agreed else [one])
+    assert workers.wait() == ([one, zero] if by_all else [one])
     from anchor_cli.processes.launch import CLOSE_S
 
-    assert launch._AGREED_S > CLOSE_S
+    assert launch._BY_ALL_S > CLOSE_S
 
 
 def test_a_second_ctrl_c_waits_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +258,16 @@ def test_two_pods_start_two_workers_each(folder: Path, small_model: Path) -> Non
     assert "4 x cpu" in nodes[0].said
     names = {path.name for path in (folder / "out/pods-of-two/logs").glob("*.log")}
     assert names == {f"rank-{rank}.log" for rank in range(4)}
+
+
+def test_ranks_of_another_launcher_refuse_raw_data_together(folder: Path, small_model: Path) -> None:
+    """As srun starts them: both end with 2 before a model is loaded, and the line to type is printed once."""
+    tasks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"} for rank in range(2)]
+    both = start(folder, small_model, "raw", tasks, max_seq_length=61)
+    assert [rank.wait(PATIENCE_S) for rank in both] == [2, 2], [rank.said for rank in both]
+    assert "pairs.jsonl: raw data, which one of several processes cannot prepare" in both[0].said
+    assert "anchor prepare " in both[0].said and "--max-seq-length 61" in both[0].said
+    assert both[1].said == ""
 
 
 def await_steps(run: Path, num: int = 2) -> None:

@@ -18,7 +18,9 @@ import psutil
 import pytest
 from faults.harness import environment, losses, write_spec, write_world
 
+from anchor_cli.data.training_set import prepare_raw
 from anchor_cli.processes.ranks import free_port
+from anchor_cli.spec.load import load_spec
 
 pytestmark = pytest.mark.slow
 PYTHON = sys.executable
@@ -85,9 +87,10 @@ def wait_for_all(processes: list[subprocess.Popen[bytes]], seconds: float) -> li
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("launchers")
     write_world(place)
+    prepare_raw(load_spec(write_spec(place, small_model)))  # other launchers' workers prepare nothing
     return place
 
 

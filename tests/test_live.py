@@ -117,7 +117,7 @@ from anchor_cli.base.console import say, warn
 folder = Path(sys.argv[1])
 run = SimpleNamespace(
     folder=folder, last_step=3, total_steps=3, best=None, kernel="sdpa", liger=False,
-    spec=SimpleNamespace(precision="float32"), settled=SimpleNamespace(first_step=0, checkpoint=None),
+    spec=SimpleNamespace(precision="float32"), first_step=0, checkpoint=None,
     plan=SimpleNamespace(num_rows=9, global_batch_size=3, num_micro_batches=1),
     ranks=SimpleNamespace(device=SimpleNamespace(type="cpu"), world_size=1))
 record = {"epoch": 0.5, "train/loss": 1.5, "train/d2q_loss": 1.25, "train/q2d_loss": 2.5, "train/learning_rate": 3e-5,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.harness import write_world
 
 from anchor_cli.base import hub
 from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import InputError
+from anchor_cli.commands.cli import run as anchor
 from anchor_cli.data.pairs import MANIFEST
-from anchor_cli.data.training_set import prepared_data
+from anchor_cli.data.training_set import contract_for, prepare_raw, training_pairs
 from anchor_cli.spec.spec import RunSpec
 
+SPELT: list[dict[str, Any]] = [
+    {},
+    {"max_seq_length": 48, "instructions": {"ko": "문서를 찾아라; '바로'", "*": "find = it"}},
+    {"text_template": "<|im_start|>user\n{text} :<|im_end|>", "instructions": {"en": "Find"}},
+]
 CONTRACT = TextContract(tokenizer_fingerprint="f" * 64)
 
 
@@ -28,12 +36,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         folders.append(out)
 
     monkeypatch.setattr("anchor_cli.data.prepare.prepare.prepare", prepare)
+    monkeypatch.setattr("anchor_cli.data.training_set.contract_for", lambda _: CONTRACT)
     return folders
 
 
 def data_of(source: str, out: Path) -> Path:
     spec = RunSpec(model_name_or_path="m", dataset_file_path=source, output_dir=str(out))
-    return prepared_data(spec, CONTRACT)
+    return prepare_raw(spec)
 
 
 @pytest.mark.parametrize("source", ["a.jsonl", "*.jsonl", "", "**/?.jsonl"])
@@ -76,3 +85,24 @@ def test_a_hub_set_is_prepared_anew_for_each_revision(
     assert "the Hub cannot be asked; taking what was prepared last" in capsys.readouterr().err
     other = data_of("hf://org/other", tmp_path)
     assert made == [first, second, other]
+
+
+@pytest.mark.parametrize("keys", SPELT)
+def test_a_rank_refuses_raw_data_with_the_line_that_prepares_them(
+    small_model: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """The line is typed as it stands; then the same spec is trained on what it made."""
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    write_world(folder)
+    spec = RunSpec.model_validate(
+        {"model_name_or_path": str(small_model), "dataset_file_path": str(folder / "pairs.jsonl"),
+         "output_dir": str(folder / "out"), **keys}
+    )  # fmt: skip
+    contract = contract_for(spec)
+    with pytest.raises(InputError, match=r"pairs\.jsonl: raw data") as caught:
+        training_pairs(spec, contract)
+    assert caught.value.hint is not None
+    command, *arguments = shlex.split(caught.value.hint.removeprefix("prepare them once: "))
+    assert command == "anchor" and anchor(arguments) == 0
+    assert len(training_pairs(spec, contract).query_lengths) == 64

@@ -31,25 +31,28 @@ def train(
     from anchor_cli.processes.signals import StopFlag
 
     flag = StopFlag()
-    flag.install()  # first of all: a signal is heard from here on
+    flag.install()  # first of all: signals are handled from here on
     from anchor_cli.base.console import say
-    from anchor_cli.processes.launch import LAUNCHED, launch
+    from anchor_cli.processes.launch import LAUNCHED, launch, prepare_run_folder
     from anchor_cli.processes.ranks import as_node, environment_ranks
     from anchor_cli.spec.load import load_spec
 
     ranks, node = environment_ranks(), as_node()
     resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
-    if ranks is None or node is not None:
+    if ranks is None or node is not None:  # by hand, or by a scheduler that starts one process a node
+        from anchor_cli.data.training_set import prepare_raw
         from anchor_cli.processes.gpus import cuda_problem, local_gpus
 
         if problem := cuda_problem():
             raise problem
         processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
-        if node is None or node[0] == 0:  # one pod speaks for all
+        if node is None or node[0] == 0:  # the other nodes' ranks wait for this node's
+            prepare_run_folder(resolved.run_folder)
+            prepare_raw(resolved)
             say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")
         if processes > 1:
             launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
             return
-    from anchor_cli.train.worker import work
+    from anchor_cli.train.worker import run_rank
 
-    work(resolved, spec.absolute(), tuple(skip_step or ()), flag)
+    run_rank(resolved, spec.absolute(), tuple(skip_step or ()), flag)

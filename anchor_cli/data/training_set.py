@@ -1,4 +1,4 @@
-"""The training set of a spec: its text contract, and its prepared pairs, made now if they are raw."""
+"""The training set of a spec: its text contract, and its pairs, which are prepared before any rank exists."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from anchor_cli.base.console import say
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
-from anchor_cli.base.contract import TextContract, differences, read_contract
+from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, differences, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.text import contract_with, load_tokenizer
@@ -67,16 +68,19 @@ def require_contract_of(model: Path, contract: TextContract) -> None:
         )
 
 
-def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
-    """The prepared folder of the spec's data: itself, or one made now (and found again) below `output_dir`.
+def prepare_raw(spec: RunSpec) -> Path:
+    """The prepared folder of the spec's data; raw data are prepared now, once, below `output_dir`.
+
+    Prepared data are told by one look at their folder: no tokenizer is loaded.
 
     Raises:
-        InputError: prepared for another tokenizer, template, instruction or length, or not readable.
+        InputError: no such data, or no row of them can be used.
     """
     source = Path(spec.dataset_file_path).expanduser()
     if (source / MANIFEST).is_file():
         return source
-    folder = _prepared_folder(spec, source, contract)
+    contract = contract_for(spec)
+    folder = prepared_folder(spec, contract)
     if not (folder / MANIFEST).is_file():
         from anchor_cli.data.prepare.prepare import Options, prepare
 
@@ -95,7 +99,41 @@ def prepared_data(spec: RunSpec, contract: TextContract) -> Path:
     return folder
 
 
-def _prepared_folder(spec: RunSpec, source: Path, contract: TextContract) -> Path:
+def training_pairs(spec: RunSpec, contract: TextContract) -> PreparedPairs:
+    """The prepared pairs of a spec, looked up as `prepare_raw` does; nothing is prepared.
+
+    Raises:
+        InputError: the data are raw (the hint prepares them), made for another contract, or not readable.
+    """
+    folder = prepared_folder(spec, contract)
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{spec.dataset_file_path}: raw data, which one of several processes cannot prepare for all",
+            hint=f"prepare them once: {prepare_command(spec, folder)}",
+        )
+    pairs = PreparedPairs.open(folder)
+    pairs.require(contract)
+    return pairs
+
+
+def prepare_command(spec: RunSpec, folder: Path) -> str:
+    """The `anchor prepare` line that makes `folder` of the spec's raw data."""
+    words = ["anchor", "prepare", spec.dataset_file_path, "--out", str(folder)]
+    words += ["--tokenizer", spec.model_name_or_path, "--max-seq-length", str(spec.max_seq_length)]
+    if spec.text_template != TEXT_TEMPLATE:
+        words += ["--text-template", spec.text_template]
+    for language, instruction in (spec.instructions or {}).items():
+        words += ["--instruction", instruction if language == "*" else f"{language}={instruction}"]
+    return shlex.join([*words, *(["--stage", "II"] if spec.stage == "II" else [])])
+
+
+def prepared_folder(spec: RunSpec, contract: TextContract) -> Path:
+    """Where the spec's prepared data are, or will be. Every process finds the same folder."""
+    source = Path(spec.dataset_file_path).expanduser()
+    return source if (source / MANIFEST).is_file() else _folder_of_raw(spec, source, contract)
+
+
+def _folder_of_raw(spec: RunSpec, source: Path, contract: TextContract) -> Path:
     """Where the data of a raw source are prepared; a name for each state of the source and each contract."""
     from anchor_cli.base.hub import revision_of
     from anchor_cli.data.sources.sources import is_hub_id
@@ -103,9 +141,9 @@ def _prepared_folder(spec: RunSpec, source: Path, contract: TextContract) -> Pat
     below = Path(spec.output_dir).expanduser() / "prepared"
     kept = contract.model_dump_json() + (" with negatives" if spec.stage == "II" else "")
     if not is_hub_id(spec.dataset_file_path):
-        told = f"{source.absolute()}\n{_age(source)}\n{kept}"
+        identity = f"{source.absolute()}\n{_age(source)}\n{kept}"
         name = re.sub(r"[*?\[\]]", "", source.name.split(".")[0]) or "files"
-        return below / f"{name}-{_digest(told)}"
+        return below / f"{name}-{_digest(identity)}"
     stem = f"{source.name}-{_digest(spec.dataset_file_path + kept)}"
     revision = revision_of(spec.dataset_file_path)
     if revision is not None:
@@ -117,8 +155,8 @@ def _prepared_folder(spec: RunSpec, source: Path, contract: TextContract) -> Pat
     return earlier[-1].parent
 
 
-def _digest(told: str) -> str:
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _age(source: Path) -> str:
@@ -128,10 +166,3 @@ def _age(source: Path) -> str:
     files = sorted(source.rglob("*")) if source.is_dir() else matching_files(str(source))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     return json.dumps(stats)
-
-
-def open_data(folder: Path, contract: TextContract) -> PreparedPairs:
-    """The prepared pairs, refused when they were made for another contract."""
-    pairs = PreparedPairs.open(folder)
-    pairs.require(contract)
-    return pairs

@@ -1,7 +1,7 @@
-"""Start the local workers of a run, pass signals on, and leave with the exit code that tells what happened.
+"""Start the local workers of a run, pass signals on, and end with the exit code of the root cause.
 
-No torch here: workers start at once, and the launcher hears signals from its first moment. Each worker leads a session
-of its own, so that Ctrl-C reaches it once (from here) and everything it started can be ended with it.
+No torch here: workers start at once, and signals are handled from the first moment. Each worker leads a session of its
+own, so that Ctrl-C reaches it once (from here) and everything it started can be ended with it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from anchor_cli.base.errors import InputError, RunError, Stopped
 from anchor_cli.base.runs import RunFolder, lock_run, unlock_run
 from anchor_cli.processes.ranks import complete_rendezvous, free_port, threads_each
 from anchor_cli.processes.signals import AT_ONCE, SAME_KEY_S, STOP_SIGNALS, kill
-from anchor_cli.processes.watchdog import Failure, failure_of, forget_failures
+from anchor_cli.processes.watchdog import Failure, clear_heartbeats
 
 LAUNCHED = "ANCHOR_LAUNCHED"  # process id of the launcher, for the workers it starts
 CLOSE_S = 60.0  # how long a tracker may take to send the rest
 _POLL_S = 0.05
-_CAUSE_S = 3.0  # how long a rank that only lost touch with another waits to be explained by the other's end
-_AGREED_S = CLOSE_S + 15.0  # how long an end that all ranks agreed on may take: rank 0 finishes its trackers
+_CAUSE_S = 3.0  # how long the root cause may take to show after a rank has lost touch with another
+_BY_ALL_S = CLOSE_S + 15.0  # how long an end of all ranks may take: rank 0 finishes its trackers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ended:
     rank: int
     pid: int
     code: int  # negative: the signal that killed it
-    failure: Failure | None  # what it wrote down
+    failure: Failure | None  # what it wrote before
 
 
 class Workers:
@@ -55,10 +55,10 @@ class Workers:
         self._processes: list[subprocess.Popen[bytes]] = []
         for number in STOP_SIGNALS:
             signal.signal(number, self._pass_on)
-        signal.set_wakeup_fd(-1)  # signals are heard here now
+        signal.set_wakeup_fd(-1)  # this class handles signals now
 
     def start(self) -> None:
-        """Rank 0 talks to this terminal; what the others write is kept in `logs/rank-N.log`."""
+        """Rank 0 prints to this terminal, the others into `logs/rank-N.log`."""
         common = {"WORLD_SIZE": str(self._num_nodes * self._num), "LOCAL_WORLD_SIZE": str(self._num),
                   LAUNCHED: str(os.getpid())}  # fmt: skip
         if self._num_nodes == 1:
@@ -90,22 +90,22 @@ class Workers:
         for rank, process in enumerate(self._processes, start=self._node * self._num):
             code = process.poll()
             if code is not None:
-                found.append(Ended(rank, process.pid, code, failure_of(RunFolder(self.run_folder).heartbeats, rank)))
+                found.append(Ended(rank, process.pid, code, Failure.read(RunFolder(self.run_folder).heartbeats, rank)))
         return found
 
     def wait(self) -> list[Ended]:
-        """All, once all have ended well; else those that had ended when enough was known about a failure."""
+        """All, once all have ended; else those that had ended when the root cause of a failure was known."""
         deadline = None
         while True:
             ended = self.ended()
             failed = [end for end in ended if end.code]
             if len(ended) == self._num:
                 return ended
-            if any(is_cause(end) and not self._by_our_signal(end) for end in failed):
+            if any(is_root_cause(end) and not self._by_our_signal(end) for end in failed):
                 return ended
             if failed:
-                agreed = any(end.code == Stopped.exit_code or (end.failure and end.failure.agreed) for end in failed)
-                deadline = deadline or time.monotonic() + (_AGREED_S if agreed or self.signals else _CAUSE_S)
+                by_all = any(end.code == Stopped.exit_code or (end.failure and end.failure.by_all) for end in failed)
+                deadline = deadline or time.monotonic() + (_BY_ALL_S if by_all or self.signals else _CAUSE_S)
                 if time.monotonic() > deadline:
                     return ended
             time.sleep(_POLL_S)
@@ -148,18 +148,18 @@ def launch(arguments: list[str], num_processes: int, run_folder: Path, node: tup
     Raises:
         Stopped: the workers saved after a signal.
         InputError: the run is being trained already; nothing of it was touched.
-        RunError: a worker failed; the first cause is named, not what followed from it.
-        SystemExit: the same exit code as rank 0, which has said why.
+        RunError: a worker failed; the root cause is named, not its consequences.
+        SystemExit: the same exit code as rank 0, which has reported why.
     """
     workers = Workers(arguments, num_processes, run_folder, node)
     prepare_run_folder(run_folder)
     if node[0] == 0:
         try:
             refuse_if_trained(run_folder)
-            forget_failures(RunFolder(run_folder).heartbeats)
+            clear_heartbeats(RunFolder(run_folder).heartbeats)
         except InputError:
             if node[1] == 1:
-                raise  # the other nodes would wait for this one: all hear it from rank 0 when they have met
+                raise  # with several nodes rank 0 refuses, and all ranks with it, when they have met
     try:
         workers.start()
         ended = workers.wait()
@@ -169,26 +169,26 @@ def launch(arguments: list[str], num_processes: int, run_folder: Path, node: tup
 
 
 def judge(ended: list[Ended], signals: list[int]) -> None:
-    """Leave as the first cause of the end demands; nothing when all workers ended well. Raises as `launch` does."""
+    """Raise as the root cause demands (see `launch`); nothing when all workers ended well."""
     failed = [end for end in ended if end.code]
     if not failed:
         return
     stopped = [end for end in failed if end.code == Stopped.exit_code or (signals and -end.code in STOP_SIGNALS)]
-    causes = [end for end in failed if is_cause(end) and end not in stopped]
+    causes = [end for end in failed if is_root_cause(end) and end not in stopped]
     if stopped and not causes:
-        raise SystemExit(Stopped.exit_code)  # rank 0 has said where
+        raise SystemExit(Stopped.exit_code)  # rank 0 has reported where
     first = min(causes or failed, key=lambda end: (end.code > 0, end.failure.time if end.failure else 0.0, end.rank))
     if first.code < 0:
         name = signal.Signals(-first.code).name
         say("the other workers were ended")
         raise RunError(f"rank {first.rank} (pid {first.pid}) was killed by {name}", hint=_WHY.get(name, _AGAIN))
-    if first.rank == 0 and first.failure and first.failure.said:
+    if first.rank == 0 and first.failure and first.failure.reported:
         raise SystemExit(first.code)
     unknown = f"failed with exit code {first.code}"
     what = first.failure.message if first.failure else unknown
     hint = first.failure.hint if first.failure else None
     if hint is None:  # starting again helps after a lost rank; a bug, a missing library or a full GPU stay
-        hint = _AGAIN if first.failure and first.failure.followed else f"see logs/rank-{first.rank}.log of the run"
+        hint = _AGAIN if first.failure and first.failure.consequence else f"see logs/rank-{first.rank}.log of the run"
     named = what if what.startswith("rank ") else f"rank {first.rank}: {what}"
     raise (InputError if first.code == 2 else RunError)(named, hint=hint)
 
@@ -200,11 +200,11 @@ _WHY = {
 }
 
 
-def is_cause(end: Ended) -> bool:
+def is_root_cause(end: Ended) -> bool:
     """Whether a failed worker failed by itself, not because it lost touch with another or saved after a signal."""
     if end.code in (0, Stopped.exit_code):
         return False
-    return end.failure is None or not end.failure.followed
+    return end.failure is None or not end.failure.consequence
 
 
 def prepare_run_folder(run_folder: Path) -> None:

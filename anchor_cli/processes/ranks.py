@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import socket
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,38 +128,17 @@ class Ranks:
 
             dist.barrier(group=self.cpu_group)
 
-    def from_first(self, work: Callable[[], Any], alive: Callable[[], None]) -> Any:
-        """What `work` gives on rank 0 (JSON), on every rank. It may take hours: the others hear every second that it
-        goes on, and call `alive`; so no time-out has to be as long as the longest preparation of data."""
-        if self.world_size == 1:
-            return work()
-        if self.rank != 0:
-            while _beat(self.cpu_group, 0):
-                alive()
-            return self.broadcast(None)
-        done = threading.Event()
-
-        def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # a rank is gone: the broadcast below says so
-                while not done.wait(1.0):
-                    _beat(self.cpu_group, 1)
-                _beat(self.cpu_group, 0)
-
-        beating = threading.Thread(target=beat, name="beat", daemon=True)
-        beating.start()
+    @contextmanager
+    def refuse_together(self) -> Iterator[None]:
+        """What any rank refuses inside the block, all refuse at its end, in the words of the lowest of them."""
+        refusal: InputError | None = None
         try:
-            value = work()
-        finally:
-            done.set()
-            beating.join()
-        return self.broadcast(value)
-
-
-def _beat(group: dist.ProcessGroup | None, value: int) -> bool:
-    """One heartbeat of rank 0 to all: 1 while it works, 0 when it has finished."""
-    import torch
-    import torch.distributed as dist
-
-    beat = torch.tensor([value])
-    dist.broadcast(beat, 0, group=group)
-    return bool(beat.item())
+            yield
+        except InputError as error:
+            refusal = error
+        except OSError as error:
+            refusal = InputError(f"{error.filename or 'start-up'}: {error.strerror or error}", "check path and rights")
+        text = self.first_text(str(refusal) if refusal else None)
+        if text is not None:
+            message, _, hint = text.partition("\n")
+            raise InputError(message, hint or None) from refusal

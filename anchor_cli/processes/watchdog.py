@@ -1,7 +1,7 @@
 """A hang becomes a message: every rank writes down where it is; one that stays there too long ends the run.
 
-logs/where/rank-N.json     where rank N is, and that it is alive
-logs/where/failed-N.json   why rank N failed, for the launcher to tell the first cause from what followed
+logs/where/rank-N.json     what rank N is doing, and that it is alive
+logs/where/failed-N.json   why rank N failed: the launcher finds the root cause among them
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from anchor_cli.base.errors import RunError
@@ -31,7 +29,7 @@ def hang_timeout_s() -> float:
 
 
 class Watchdog:
-    """`phase(name, step)` is a heartbeat. Where ranks are is kept in `{folder}/rank-N.json` for everyone to read."""
+    """`phase(name, step)` is a heartbeat. What ranks do is kept in `{folder}/rank-N.json` for everyone to read."""
 
     def __init__(self, folder: Path, rank: int, timeout_s: float | None = None) -> None:
         self._folder = folder
@@ -52,22 +50,15 @@ class Watchdog:
         self._stopped = True
 
     def phase(self, name: str, step: int | None) -> None:
-        """This rank is alive and now does `name` (start-up, data, step, evaluation, saving) of `step`."""
+        """This rank is alive and now does `name` (start-up, step, evaluation, saving) of `step`."""
         self._where, self._since = (name, step), time.monotonic()
 
-    @contextmanager
-    def without_deadline(self, name: str) -> Iterator[None]:
-        """A phase that may take any time and shows its own progress, such as preparing data."""
-        timeout_s, self.timeout_s = self.timeout_s, float("inf")
-        self.phase(name, None)
-        try:
-            yield
-        finally:
-            self.phase(name, None)
-            self.timeout_s = timeout_s
+    def alive(self) -> None:
+        """Progress within the same phase."""
+        self._since = time.monotonic()
 
     def __str__(self) -> str:
-        return in_words(*self._where)
+        return phase_name(*self._where)
 
     def _watch(self) -> None:
         while not self._stopped:
@@ -98,13 +89,13 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         hint = f"{TIMEOUT_VARIABLE} sets the limit; the stacks are in logs/ of the run"
-        note_failure(self._folder, self._rank, message, hint, said=self._rank == 0)
+        Failure(message, hint, reported=self._rank == 0).write(self._folder, self._rank)
         from anchor_cli.processes.signals import leave
 
         leave(1)
 
 
-def in_words(phase: str, step: int | None) -> str:
+def phase_name(phase: str, step: int | None) -> str:
     return phase if step is None else f"step {step}" if phase == "step" else f"{phase} at step {step}"
 
 
@@ -119,7 +110,7 @@ def where_ranks_are(folder: Path) -> str:
         now = time.time()
         silent = now - state["alive"]
         who = f"rank {state['rank']} on {state['host']} (pid {state['pid']})"
-        where = f"{who} in {in_words(state['phase'], state['step'])}"
+        where = f"{who} in {phase_name(state['phase'], state['step'])}"
         late = f", NOT RESPONDING for {silent:.0f} s" if silent > 3 * WRITE_EVERY_S else ""
         phrases.append(f"{where} for {max(0.0, now - state['since']):.0f} s{late}")
     return "; ".join(phrases) or "unknown"
@@ -127,55 +118,47 @@ def where_ranks_are(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank failed. `followed`: it only lost touch with another, or ends as all ranks agreed to (`agreed`, too);
-    `said`: it told the person itself."""
+    """Why a rank failed, as it is kept for the launcher and the other ranks."""
 
-    time: float
     message: str
-    hint: str | None
-    followed: bool
-    said: bool
-    agreed: bool = False
+    hint: str | None = None
+    consequence: bool = False
+    """Not the root cause: the rank lost touch with another, or ends with an error that rank 0 reports."""
+    reported: bool = False
+    """The rank has printed the message for the user."""
+    by_all: bool = False
+    """All ranks end with this error."""
+    time: float = field(default_factory=time.time)
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Keep it; a disk that cannot take it costs the launcher this message."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(self), ensure_ascii=False)
+            (folder / f"failed-{rank}.json").write_text(text, encoding="utf-8")
+        except OSError:
+            return
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> Failure | None:
+        """What a rank wrote before it ended, if anything."""
+        try:
+            return cls(**json.loads((folder / f"failed-{rank}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 class LostPeer(RunError):
-    """A collective failed because another rank ended or did not come: what followed, not the cause."""
+    """A collective failed because another rank ended or did not come: a consequence, not the root cause."""
 
 
-def note_failure(
-    folder: Path,
-    rank: int,
-    message: str,
-    hint: str | None,
-    *,
-    followed: bool = False,
-    said: bool = True,
-    agreed: bool = False,
-) -> None:
-    """Leave word of a failure for the launcher."""
-    try:
-        text = json.dumps(asdict(Failure(time.time(), message, hint, followed, said, agreed)), ensure_ascii=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"failed-{rank}.json").write_text(text, encoding="utf-8")
-    except OSError:
-        return
-
-
-def failure_of(folder: Path, rank: int) -> Failure | None:
-    """What a rank wrote down before it ended, if anything."""
-    try:
-        return Failure(**json.loads((folder / f"failed-{rank}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def forget_failures(folder: Path) -> None:
-    """Remove what earlier starts wrote."""
+def clear_heartbeats(folder: Path) -> None:
+    """Remove heartbeats and failures of earlier starts."""
     for path in (*folder.glob("failed-*.json"), *folder.glob("rank-*.json")):
         path.unlink(missing_ok=True)
 
 
-def lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether an error of torch.distributed says that another rank is gone or late (gloo, NCCL, the store)."""
     text = f"{type(error).__name__}: {error}".lower()
     signs = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "socket timeout",

@@ -1,10 +1,4 @@
-"""DeepSpeed under one thin adapter: processes, engine, one optimizer step.
-
-Why the arithmetic is right (tests/test_engine.py compares every gradient with a single process, and the doctor does so
-on the user's host): DeepSpeed divides each backward by `gradient_accumulation_steps` and averages over ranks; both
-are undone by one factor, world size × accumulation, so what it accumulates is the plain sum of micro-batch shares, and
-a share is already normalised by the target count of the whole step.
-"""
+"""DeepSpeed under one thin adapter: processes and engine. The optimizer step is `train/loop.py`'s `train_step`."""
 
 from __future__ import annotations
 
@@ -15,8 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from anchor_cli.base.errors import InputError, RunError
-from anchor_cli.model.packed import PairBatch
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.processes.gpus import on_gpu
 from anchor_cli.processes.ranks import Ranks, complete_rendezvous, environment_ranks
@@ -126,7 +118,7 @@ class NonFiniteGradient(RunError):
 def build_engine(
     model: ReconstructionModel, spec: RunSpec, ds_config: dict[str, Any], device: torch.device
 ) -> tuple[Any, torch.optim.Optimizer]:
-    """DeepSpeed's engine around the model, with AdamW (design §2), and the AdamW inside.
+    """DeepSpeed's engine around the model, with AdamW, and the AdamW inside.
 
     Weight decay, where asked for, leaves out biases and norms (Hugging Face Trainer's rule).
     """
@@ -169,38 +161,3 @@ def refuse_non_finite(engine: Any) -> None:
     norm = getattr(engine.optimizer, "_global_grad_norm", None)
     if norm is not None and not (math.isfinite(value := float(norm)) and value >= 0):
         raise NonFiniteGradient(f"the gradient is not finite (norm {'inf or nan' if value == -1 else value})")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Sums over this rank's share of a step, on the device, not waited for."""
-
-    d2q_sum: torch.Tensor
-    q2d_sum: torch.Tensor
-
-
-def train_step(
-    engine: Any, micro_batches: Iterable[PairBatch], *, d2q_scale: float, q2d_scale: float, learning_rate: float
-) -> StepResult:
-    """One optimizer step over this rank's micro-batches: exactly `gradient_accumulation_steps` of them.
-
-    Args:
-        d2q_scale: weight of one D2Q target in the step's loss: d2q_weight / (D2Q targets of the whole step).
-        q2d_scale: the same for Q2D.
-    Raises:
-        NonFiniteGradient: before any weight has changed.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    undo = engine.world_size * engine.gradient_accumulation_steps()
-    d2q_sum = q2d_sum = torch.zeros((), device=engine.device)
-    for batch in micro_batches:
-        out = engine(batch, d2q_scale, q2d_scale)
-        engine.backward(out.loss * undo)
-        engine.step()
-        d2q_sum, q2d_sum = d2q_sum + out.d2q_sum, q2d_sum + out.q2d_sum
-    # DeepSpeed skips such an update by itself, unless it is told not to look (bf16.check_grad_overflow): then the norm
-    # that `refuse_non_finite` sees stops it.
-    if getattr(engine.optimizer, "overflow", False):
-        raise NonFiniteGradient("the gradient is not finite")
-    return StepResult(d2q_sum, q2d_sum)

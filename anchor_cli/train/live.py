@@ -52,11 +52,11 @@ class Live:
         """Say what will be done; on a terminal, show the bar."""
         if not self._enabled:
             return
-        run, first = self._run, self._run.settled.first_step
+        run, first = self._run, self._run.first_step
         self._pace.append((time.monotonic(), first))
         for record in read_json_lines(RunFolder(run.folder).metrics):  # of a run that goes on
             self._newest.update(record)
-        checkpoint = run.settled.checkpoint
+        checkpoint = run.checkpoint
         if checkpoint is not None and (step := checkpoint_step(checkpoint)) is not None:
             self._newest[_SAVED] = step
         if run.best:

@@ -3,62 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import resource
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from anchor_cli.base import metric_names as names
-from anchor_cli.base.checkpoints import list_checkpoints
 from anchor_cli.base.console import say, warn
-from anchor_cli.base.errors import InputError, RunError, Stopped
-from anchor_cli.base.files import free_bytes, in_units, write_json
-from anchor_cli.base.runs import RunFolder
-from anchor_cli.data.benchmarks.benchmarks import Benchmark, load_benchmarks
+from anchor_cli.base.errors import RunError, Stopped
+from anchor_cli.base.files import write_json
+from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.text import load_tokenizer
 from anchor_cli.evaluate.embedder import PackedEmbedder
 from anchor_cli.evaluate.evaluate import evaluate, logged
-from anchor_cli.plan.flops import ModelShape, objective_flops
-from anchor_cli.plan.hardware import gpu_of_device_name
+from anchor_cli.model.packed import PairBatch
 from anchor_cli.processes.signals import StopFlag, stop_agreed
 from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec.schedule import interval_steps
-from anchor_cli.train import saving as ckpt
-from anchor_cli.train.deepspeed import NonFiniteGradient, StepResult, train_step
+from anchor_cli.train.deepspeed import NonFiniteGradient
 from anchor_cli.train.feed import StepBatches
 from anchor_cli.train.live import Live
 from anchor_cli.train.metrics_log import MetricsLog, start_trackers
-from anchor_cli.train.run import Run, checkpoint_bytes, save
-
-
-class StopAsked(Exception):
-    """A stop was agreed on in the middle of an evaluation."""
+from anchor_cli.train.run import Run
+from anchor_cli.train.saving import Checkpoints
+from anchor_cli.train.throughput import Throughput
 
 
 class Training:
-    """One process's part of a run, first step to last. `train()` is the story; the rest are its sentences."""
+    """The training loop of one rank, first step to last."""
 
     def __init__(self, run: Run, flag: StopFlag, watchdog: Watchdog) -> None:
-        self.run = run
-        self.flag = flag
-        self.watchdog = watchdog
-        self.is_first = run.ranks.rank == 0
+        self.run, self.flag, self.livedog = run, flag, watchdog
         self.eval_every = interval_steps(run.spec.eval_steps, run.total_steps)
-        self.save_every = interval_steps(run.spec.save_steps, run.total_steps)
-        self.saved_step: int | None = run.settled.first_step if run.settled.checkpoint else None
-        self.tried_step: int | None = self.saved_step
-        self.retry_step: int | None = None  # after a save that failed
-        self.log: MetricsLog | None = None
-        self.peak_flops = peak_flops(run.ranks.device)
-        self.watch = Live(run, enabled=self.is_first, flag=flag)
-        self.benchmarks: list[Benchmark] | None = None
-        self.embedder: PackedEmbedder | None = None
-        self.evaluating_step = 0
-        self.window_start, self.window_tokens, self.window_pairs, self.window_flops = time.monotonic(), 0, 0, 0
-        self.wandb_run_id: str | None = (run.settled.state or {}).get("wandb_run_id")
+        self.evaluation = Evaluation(run, self.between_batches) if self.eval_every or run.spec.eval_on_start else None
+        self.log = open_log(run) if run.is_first else None
+        self.checkpoints = Checkpoints(run, self.log)
+        self.throughput = Throughput(run)
+        self.live = Live(run, enabled=run.is_first, flag=flag)
 
     def train(self) -> None:
         """Run to the last step.
@@ -67,77 +50,95 @@ class Training:
             Stopped: a signal asked for it; everything is saved.
             NonFiniteGradient: before the update that would have spoilt the weights.
         """
-        run, first, last = self.run, self.run.settled.first_step, self.run.last_step
+        run, first, last = self.run, self.run.first_step, self.run.last_step
         self.begin()
         batches = run.feed.steps(first, last)
         for step in range(first, last + 1):
-            self.watchdog.phase("step", step)
+            self.livedog.phase("step", step)
             self.evaluate_if_due(step)
             self.save_if_due(step)
             self.stop_if_asked(step)
             if step == last:
                 break
-            result, ready = self.step(step, batches)
-            self.log_if_due(step, result, ready)
+            ready = next(batches)
+            result = self.update(step, ready)
+            self.log_if_due(step, ready, result)
         self.end()
 
-    # -- the five sentences ------------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """The last check, and from here on a signal stops the loop instead of the process."""
+        with self.run.ranks.refuse_together():
+            if self.run.is_first:
+                self.checkpoints.require_room()
+        self.live.begin()
+        self.run.ranks.barrier()
+        self.flag.poll_from_now_on()
+        self.throughput.restart()
 
     def evaluate_if_due(self, step: int) -> None:
-        """Evaluate before the step's update: every eval_steps, at the end, and at the start if asked."""
-        spec, run = self.run.spec, self.run
+        """Evaluate before the step's update: every eval_steps, at the end, and at the start if the spec says so."""
+        run = self.run
         due = self.eval_every and (step % self.eval_every == 0 or step == run.last_step) and step > 0
-        if not (due or (spec.eval_on_start and step == 0)) or run.evaluated_step == step:
+        due = due or (run.spec.eval_on_start and step == 0)
+        if self.evaluation is None or not due or run.evaluated_step == step:
             return
-        self.watchdog.phase("evaluation", step)
+        self.livedog.phase("evaluation", step)
         try:
-            scores = self.scores(step)
+            scores = self.evaluation.scores()
         except StopAsked:
-            return  # the next turn's sentence, stop_if_asked, saves; the evaluation is done after resuming
-        finally:
-            run.model.train()
+            return  # stop_if_asked, next in the loop, saves; the evaluation is done after resuming
         run.evaluated_step = step
         average = scores.get(names.EVAL_AVG_NDCG_10)
         if average is not None and (run.best is None or average > run.best["value"]):
             run.best = {"step": step, "value": average}
         if self.log:
-            self.log.write({names.STEP: step, names.EPOCH: self.epoch(step), **scores})
+            self.log.write({names.STEP: step, names.EPOCH: run.epoch(step), **scores})
             self.log.event("evaluation", step, **{"ndcg@10": average})
-            self.watch.evaluated(step, scores)
-        self.restart_window()
+            self.live.evaluated(step, scores)
+        self.throughput.restart()
+
+    def between_batches(self) -> None:
+        """Before each batch of an evaluation: it makes progress, and stops where a signal asks for it."""
+        self.livedog.alive()
+        if stop_agreed(self.flag, self.run.ranks.cpu_group):
+            raise StopAsked
 
     def save_if_due(self, step: int) -> None:
-        """Checkpoint every save_steps and at the end. A full disk costs the checkpoint, not the run."""
-        by_plan = self.save_every and step % self.save_every == 0 and step > 0
-        due = by_plan or step in (self.run.last_step, self.retry_step)
-        if due and self.saved_step != step and self.tried_step != step:
+        """Checkpoint every save_steps and at the end."""
+        if self.checkpoints.due(step):
             self.save(step)
 
+    def save(self, step: int) -> bool:
+        """Whether checkpoint-{step} stands now."""
+        self.livedog.phase("saving", step)
+        saved = self.checkpoints.save(step)
+        if saved and self.run.is_first:
+            self.live.saved(self.run.files.checkpoint(step))
+        self.throughput.restart()
+        return saved
+
     def stop_if_asked(self, step: int) -> None:
-        """Save and leave with 75 when any rank was asked to stop."""
+        """Save and leave with 75 when any rank received a stop signal."""
         if not stop_agreed(self.flag, self.run.ranks.cpu_group):
             return
-        saved = self.saved_step == step or self.save(step)
-        if self.log:
-            self.log.event("stop", step, signal=self.flag.signal_name)
-            self.log.close()
-        self.watch.close()
-        where = self.run.folder / f"checkpoint-{self.saved_step}" if self.saved_step is not None else "nothing yet"
+        saved = self.checkpoints.saved_step == step or self.save(step)
+        self.close("stop", step, signal=self.flag.signal_name)
         remedy = "run the same command again to continue"
         raise Stopped(
-            f"stopped at step {step} by {self.flag.signal_name or 'another rank'}; saved: {where}",
+            f"stopped at step {step} by {self.flag.signal_name or 'another rank'};"
+            f" saved: {self.checkpoints.newest or 'nothing yet'}",
             hint=remedy if saved else f"the disk could not hold a checkpoint of this step; {remedy}",
         )
 
-    def step(self, step: int, batches: Iterator[StepBatches]) -> tuple[StepResult | None, StepBatches]:
-        """One optimizer update over the step's rows; a step that was skipped on request changes nothing."""
-        run, ready = self.run, next(batches)
+    def update(self, step: int, ready: StepBatches) -> StepResult | None:
+        """One optimizer update over the step's rows; None for a step of `--skip-step`, which changes nothing."""
+        run = self.run
         if step in run.skipped_steps:
-            say(f"step {step}: skipped as asked") if self.is_first else None
-            return None, ready
+            say(f"step {step}: skipped as asked") if run.is_first else None
+            return None
         d2q_scale, q2d_scale = run.target_scales(ready)
         try:
-            result = train_step(
+            return train_step(
                 run.engine,
                 (batch.to(run.ranks.device) for batch in ready.micro_batches),
                 d2q_scale=d2q_scale,
@@ -146,212 +147,149 @@ class Training:
             )
         except NonFiniteGradient as error:
             raise self.incident(step, ready, error) from error
-        return result, ready
 
-    def log_if_due(self, step: int, result: StepResult | None, ready: StepBatches) -> None:
+    def log_if_due(self, step: int, ready: StepBatches, result: StepResult | None) -> None:
         """A line of metrics.jsonl for step + 1 updates, every logging_steps: losses of this step over all ranks."""
-        self.window_tokens += ready.tokens
-        self.window_pairs += len(ready.rows)
-        self.window_flops += self.useful_flops(ready) if self.peak_flops else 0
-        done = step + 1
-        if result is None or (done % self.run.spec.logging_steps and done != self.run.last_step):
+        run, spec, done = self.run, self.run.spec, step + 1
+        self.throughput.add(ready)
+        if result is None or (done % spec.logging_steps and done != run.last_step):
             return
         sums = torch.stack([result.d2q_sum, result.q2d_sum]).double().cpu()
-        if self.run.ranks.cpu_group is not None:
-            dist.all_reduce(sums, group=self.run.ranks.cpu_group)
-        d2q, q2d = sums[0].item() / max(1, ready.query_targets), sums[1].item() / max(1, ready.document_targets)
+        if run.ranks.cpu_group is not None:
+            dist.all_reduce(sums, group=run.ranks.cpu_group)
         if self.log is None:
             return
-        spec, seconds = self.run.spec, max(1e-9, time.monotonic() - self.window_start)
+        d2q, q2d = sums[0].item() / max(1, ready.query_targets), sums[1].item() / max(1, ready.document_targets)
         record = {
             names.STEP: done,
-            names.EPOCH: self.epoch(done),
+            names.EPOCH: run.epoch(done),
             names.LOSS: spec.d2q_weight * d2q + spec.q2d_weight * q2d,
             names.D2Q_LOSS: d2q,
             names.Q2D_LOSS: q2d,
-            names.LEARNING_RATE: self.run.learning_rate(step),
-            names.GRAD_NORM: float(self.run.engine.get_global_grad_norm()),
-            names.PAIRS_PER_S: self.window_pairs / seconds,
-            names.TOKENS_PER_S: self.window_tokens / seconds,
-            names.PEAK_MEMORY_GB: peak_memory_gb(self.run.ranks.device),
+            names.LEARNING_RATE: run.learning_rate(step),
+            names.GRAD_NORM: float(run.engine.get_global_grad_norm()),
+            **self.throughput.record(),
         }
-        if self.peak_flops:
-            record[names.MFU] = self.window_flops / (seconds * self.peak_flops * self.run.ranks.world_size)
         self.log.write(record)
-        self.watch.logged(record)
-        self.restart_window()
-
-    # -- what they are made of ---------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        run, spec = self.run, self.run.spec
-        self.shape = ModelShape.from_config(run.model.language_model.config.to_dict())
-        if spec.eval_steps or spec.eval_on_start:
-            self.benchmarks = load_benchmarks(spec.eval_data or [])
-        if self.is_first:
-            state = run.settled.state or {}
-            self.log = MetricsLog(run.folder, keep_bytes=int(state.get("metrics_bytes", 0)))
-            trackers = start_trackers(spec, run.folder, self.wandb_run_id, run.settled.first_step)
-            self.wandb_run_id = next((t.run_id for t in trackers if t.run_id), self.wandb_run_id)
-            self.log.track(trackers)
-            self.log.event("resume" if run.settled.checkpoint else "start", run.settled.first_step,
-                           world_size=run.ranks.world_size)  # fmt: skip
-        self.on_first(self.check_disk)
-        self.watch.begin()
-        run.ranks.barrier()
-        self.flag.poll_from_now_on()
-        self.restart_window()
-
-    def on_first(self, check: Callable[[], None]) -> None:
-        """Rank 0 checks; what it refuses, all ranks refuse."""
-        refused: InputError | None = None
-        if self.is_first:
-            try:
-                check()
-            except InputError as error:
-                refused = error
-        message = self.run.ranks.first_text(refused.message if refused else None)
-        if message:
-            raise refused or InputError(message)
-
-    def end(self) -> None:
-        """The last checkpoint must stand: without it the run has failed, and the same command tries again."""
-        if self.saved_step != self.run.last_step:
-            raise RunError(
-                f"{self.run.folder}: checkpoint-{self.run.last_step} could not be written",
-                hint="free some space and run the same command again",
-            )
-        if self.log:
-            self.log.event("end", self.run.last_step)
-            self.log.close()
-        self.watch.close()
-        if self.is_first:
-            self.report()
-
-    def report(self) -> None:
-        """The run as a page. The run is done and saved: whatever fails here costs the page and a warning."""
-        from anchor_cli.report.report import write_report
-
-        try:
-            say(f"curves and scores: {write_report([self.run.folder])}")
-        except Exception as error:
-            warn(f"report.html could not be written ({type(error).__name__}: {error}); anchor report tries again")
-
-    def scores(self, step: int) -> dict[str, float]:
-        """Every rank encodes its share; every rank gets the same scores, under the names of metrics.jsonl."""
-        run = self.run
-        if self.embedder is None:
-            self.embedder = PackedEmbedder(
-                run.model.encode,
-                load_tokenizer(run.spec.model_name_or_path),
-                run.settled.contract,
-                name=run.spec.experiment,
-                dimension=int(run.model.language_model.config.hidden_size),
-                device=run.ranks.device,
-                batch_texts=run.spec.eval_batch_size,
-                group=run.ranks.cpu_group,
-                between=self.between_batches,
-            )
-        self.evaluating_step = step
-        run.model.eval()
-        found = evaluate(self.embedder, self.benchmarks or [])
-        return logged(found)
-
-    def between_batches(self) -> None:
-        """Before each batch of an evaluation: alive, and not asked to stop."""
-        self.watchdog.phase("evaluation", self.evaluating_step)
-        if stop_agreed(self.flag, self.run.ranks.cpu_group):
-            raise StopAsked
-
-    def save(self, step: int) -> bool:
-        """True when checkpoint-{step} stands; False when the disk could not hold it (said, and tried again later)."""
-        self.watchdog.phase("saving", step)
-        self.tried_step = step
-        try:
-            folder = save(self.run, step, self.log, self.wandb_run_id)
-        except OSError as error:
-            self.retry_step = step + max(1, (self.save_every or self.run.total_steps) // 10)
-            if self.log:
-                self.log.event("checkpoint_failed", step, reason=str(error))
-                kept = f"checkpoint-{self.saved_step} stays" if self.saved_step is not None else "there is none yet"
-                again = f"; next try at step {self.retry_step}" if self.retry_step <= self.run.last_step else ""
-                warn(f"checkpoint-{step} could not be written ({error}); {kept}{again}")
-            return False
-        self.retry_step = None
-        self.saved_step = step
-        if self.log:
-            self.log.event("checkpoint", step)
-            try:
-                ckpt.prune(self.run.folder, self.run.spec.save_total_limit)
-            except OSError as error:  # the new one stands: not a reason to lose the run
-                warn(f"older checkpoints could not be removed ({error}); the next save tries again")
-            self.watch.saved(folder)
-        self.restart_window()
-        return True
+        self.live.logged(record)
 
     def incident(self, step: int, ready: StepBatches, error: NonFiniteGradient) -> NonFiniteGradient:
-        """What is left of a step that was refused: its rows, in a file and in the message."""
-        path = RunFolder(self.run.folder).incident(step)
+        """The error of a step that was refused, with its rows in a file."""
+        path = self.run.files.incident(step)
         if self.log:
             with contextlib.suppress(OSError):  # a full disk is no reason to hide the incident
                 write_json(path, {"step": step, "reason": error.message, "rows": ready.rows.tolist()})
-            self.log.event("incident", step, reason=error.message)
-            self.log.close()
-        self.watch.close()
+        self.close("incident", step, reason=error.message)
         return NonFiniteGradient(
             f"step {step}: {error.message}; no weight was changed; its {len(ready.rows)} rows are in {path}",
             hint=f"look: anchor replay {self.run.folder} --step {step}; go on without it: --skip-step {step}",
         )
 
-    def check_disk(self) -> None:
-        """Before the first step: room for one checkpoint, and a word when there is none for all this run will keep.
-
-        Raises:
-            InputError: not even one fits.
-        """
+    def end(self) -> None:
+        """The last checkpoint must stand: without it the run has failed, and the same command tries again."""
         run = self.run
-        one = checkpoint_bytes(run)
-        done = run.settled.first_step
-        planned = 1 + ((run.last_step - done - 1) // self.save_every if self.save_every else 0)
-        limit = run.spec.save_total_limit
-        count = planned if limit is None else min(planned, max(1, limit + 1 - len(list_checkpoints(run.folder))))
-        free = free_bytes(run.folder)
-        if free < one and done < run.last_step:
-            raise InputError(
-                f"{run.folder}: {in_units(free)} free, but one checkpoint needs {in_units(one)}",
-                hint="free some space, or set output_dir to another disk",
+        if self.checkpoints.saved_step != run.last_step:
+            raise RunError(
+                f"{run.folder}: checkpoint-{run.last_step} could not be written",
+                hint="free some space and run the same command again",
             )
-        if free < count * one:
-            warn(
-                f"{run.folder}: {in_units(free)} free, but the {count} checkpoints of {in_units(one)} to come"
-                f" need {in_units(count * one)}; set save_total_limit or free some space"
-            )
+        self.close("end", run.last_step)
+        if run.is_first:
+            write_page(run)
 
-    def useful_flops(self, ready: StepBatches) -> int:
-        pairs = self.run.settled.pairs
-        return objective_flops(
-            self.shape,
-            pairs.query_lengths[ready.rows],
-            pairs.document_lengths[ready.rows],
-            ready.query_targets + ready.document_targets,
+    def close(self, event: str, step: int, **details: Any) -> None:
+        """The last line of events.jsonl; trackers end, the terminal is given back."""
+        if self.log:
+            self.log.event(event, step, **details)
+            self.log.close()
+        self.live.close()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over this rank's share of a step, on the device, not waited for."""
+
+    d2q_sum: torch.Tensor
+    q2d_sum: torch.Tensor
+
+
+def train_step(
+    engine: Any, micro_batches: Iterable[PairBatch], *, d2q_scale: float, q2d_scale: float, learning_rate: float
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches: exactly `gradient_accumulation_steps` of them.
+
+    DeepSpeed divides each backward by `gradient_accumulation_steps` and averages over ranks; one factor, world size x
+    accumulation, undoes both, so what it accumulates is the plain sum of micro-batch losses, and those are shares of
+    the step's loss already (tests/test_engine.py and `anchor doctor` compare with one plain backward).
+
+    Args:
+        d2q_scale: weight of one D2Q target in the step's loss: d2q_weight / (D2Q targets of the whole step).
+        q2d_scale: the same for Q2D.
+    Raises:
+        NonFiniteGradient: before any weight has changed.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    undo = engine.world_size * engine.gradient_accumulation_steps()
+    d2q_sum = q2d_sum = torch.zeros((), device=engine.device)
+    for batch in micro_batches:
+        out = engine(batch, d2q_scale, q2d_scale)
+        engine.backward(out.loss * undo)
+        engine.step()
+        d2q_sum, q2d_sum = d2q_sum + out.d2q_sum, q2d_sum + out.q2d_sum
+    # DeepSpeed skips such an update by itself, unless it is told not to look (bf16.check_grad_overflow): then the norm
+    # that `refuse_non_finite` sees stops it.
+    if getattr(engine.optimizer, "overflow", False):
+        raise NonFiniteGradient("the gradient is not finite")
+    return StepResult(d2q_sum, q2d_sum)
+
+
+class StopAsked(Exception):
+    """A stop was agreed on in the middle of an evaluation."""
+
+
+class Evaluation:
+    """The run's benchmarks, and its model as an embedder: every rank encodes a share and gets all scores."""
+
+    def __init__(self, run: Run, between_batches: Callable[[], None]) -> None:
+        self._run = run
+        self._benchmarks = load_benchmarks(run.spec.eval_data or [])
+        self._embedder = PackedEmbedder(
+            run.model.encode,
+            load_tokenizer(run.spec.model_name_or_path),
+            run.contract,
+            name=run.spec.experiment,
+            dimension=int(run.model.language_model.config.hidden_size),
+            device=run.ranks.device,
+            batch_texts=run.spec.eval_batch_size,
+            group=run.ranks.cpu_group,
+            between=between_batches,
         )
 
-    def epoch(self, step: int) -> float:
-        return step / self.run.plan.steps_per_epoch
-
-    def restart_window(self) -> None:
-        self.window_start, self.window_tokens, self.window_pairs, self.window_flops = time.monotonic(), 0, 0, 0
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 FLOPs of one GPU per second; None on a CPU and for a GPU that is not in the table."""
-    gpu = gpu_of_device_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return gpu.bf16_tflops * 1e12 if gpu else None
+    def scores(self) -> dict[str, float]:
+        """Scores under the names of metrics.jsonl."""
+        self._run.model.eval()
+        try:
+            return logged(evaluate(self._embedder, self._benchmarks))
+        finally:
+            self._run.model.train()
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB (1e9 bytes): of the GPU, or resident memory of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return peak if math.isfinite(peak) else 0.0
+def open_log(run: Run) -> MetricsLog:
+    """Rank 0's log with the run's trackers, cut back to where the run continues."""
+    log = MetricsLog(run.folder, keep_bytes=int(run.state.get("metrics_bytes", 0)))
+    trackers = start_trackers(run.spec, run.folder, run.wandb_run_id, run.first_step)
+    run.wandb_run_id = next((tracker.run_id for tracker in trackers if tracker.run_id), run.wandb_run_id)
+    log.track(trackers)
+    log.event("resume" if run.checkpoint else "start", run.first_step, world_size=run.ranks.world_size)
+    return log
+
+
+def write_page(run: Run) -> None:
+    """The run as a page. The run is done and saved: whatever fails here costs the page and a warning."""
+    from anchor_cli.report.report import write_report
+
+    try:
+        say(f"curves and scores: {write_report([run.folder])}")
+    except Exception as error:
+        warn(f"report.html could not be written ({type(error).__name__}: {error}); anchor report tries again")

@@ -18,18 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from anchor_cli.base.checkpoints import checkpoint_step, list_checkpoints, read_state, verify_checkpoint
+from anchor_cli.base.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
 from anchor_cli.base.console import progress, warn
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.runs import RunFolder, read_json_lines
 from anchor_cli.data.batches import StepRows
-from anchor_cli.data.training_set import contract_for, open_data, prepared_data
+from anchor_cli.data.training_set import contract_for, prepare_raw, training_pairs
 from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec.deepspeed import load_ds_config
 from anchor_cli.spec.load import load_spec
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.deepspeed import start_processes, train_step
-from anchor_cli.train.run import Run, Settled, build_run
+from anchor_cli.train.deepspeed import start_processes
+from anchor_cli.train.loop import train_step
+from anchor_cli.train.run import Run
+from anchor_cli.train.start import build_run
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,17 @@ def replay(run_folder: Path, step: int) -> Replay:
     Raises:
         InputError: no such run, or the step is not of its schedule.
     """
-    spec_path = RunFolder(run_folder).spec
-    spec = with_ds_config_for_one(load_spec(spec_path), run_folder)
+    spec = with_ds_config_for_one(load_spec(RunFolder(run_folder).spec), run_folder)
+    prepare_raw(spec)
+    contract = contract_for(spec)
+    pairs, checkpoint = training_pairs(spec, contract), checkpoint_before(run_folder, step)
+    if checkpoint is None:
+        spec = spec.model_copy(update={"global_batch_size": spec.global_batch(world_size_of(run_folder))})
     ranks = start_processes()
-    run = build_run(spec, ranks, spec_path.parent, settled_before(spec, run_folder, step), Watchdog(run_folder, 0))
+    run = build_run(spec, ranks, run_folder, contract, pairs, checkpoint, Watchdog(run_folder, 0))
     if not 0 <= step < run.total_steps:
         raise InputError(f"--step {step}: the run has steps 0 to {run.total_steps - 1}")
-    first = run.settled.first_step
+    first = run.first_step
     with progress(f"steps {first} to {step} again", step - first, "steps") as done:
         for ready in run.feed.steps(first, step):
             if ready.step not in run.skipped_steps:
@@ -107,7 +113,6 @@ def replay(run_folder: Path, step: int) -> Replay:
                     learning_rate=run.learning_rate(ready.step),
                 )
             done.advance()
-    checkpoint = run.settled.checkpoint
     return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, look(run, as_cut(run, step)))
 
 
@@ -121,19 +126,16 @@ def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
     return spec.model_copy(update={"deepspeed": name})
 
 
-def settled_before(spec: RunSpec, run_folder: Path, step: int) -> Settled:
-    """The newest whole checkpoint at or before `step`, and what the run trains on; nothing of the run is changed."""
-    contract = contract_for(spec)
-    pairs = open_data(prepared_data(spec, contract), contract)
+def checkpoint_before(run_folder: Path, step: int) -> Path | None:
+    """The newest whole checkpoint at or before `step`; damaged ones on the way are named."""
     for folder in reversed(list_checkpoints(run_folder)):
         if (checkpoint_step(folder) or 0) > step:
             continue
         problems = verify_checkpoint(folder)
         if not problems:
-            state = read_state(folder)
-            return Settled(contract, pairs, state["global_batch_size"], folder, state)
+            return folder
         warn(f"{folder}: damaged: {'; '.join(problems)}")
-    return Settled(contract, pairs, spec.global_batch(world_size_of(run_folder)), None, None)
+    return None
 
 
 def world_size_of(run_folder: Path) -> int:
@@ -144,10 +146,10 @@ def world_size_of(run_folder: Path) -> int:
 
 def as_cut(run: Run, step: int) -> StepRows:
     """The step's micro-batches as the run cut them when its checkpoint was written, else as one process does."""
-    state = run.settled.state
-    if state is None:
-        return run.plan.step(step)
-    plan = replace(run.plan, world_size=state["world_size"], num_micro_batches=state["num_micro_batches"])
+    plan = run.plan
+    if run.checkpoint is not None:
+        cut = {key: run.state[key] for key in ("world_size", "num_micro_batches")}
+        plan = replace(plan, **cut)
     return plan.step(step)
 
 
@@ -169,7 +171,7 @@ def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
 def look_at_row(run: Run, row: int, weights: tuple[float, float]) -> RowFinding:
     """One row alone."""
     d2q, q2d, loss, norm = alone(run, np.array([row]), weights)
-    query, document, _ = run.settled.pairs.texts(row)
+    query, document, _ = run.pairs.texts(row)
     return RowFinding(row, d2q, q2d, norm, math.isfinite(loss) and math.isfinite(norm), query[:80], document[:80])
 
 

@@ -16,17 +16,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from anchor_cli.base.checkpoints import (
     MANIFEST,
+    TRAINING_STATE,
     best_checkpoint,
     checkpoint_bytes,
     list_checkpoints,
     verify_checkpoint,
 )
+from anchor_cli.base.console import warn
 from anchor_cli.base.contract import TextContract
+from anchor_cli.base.errors import InputError
 from anchor_cli.base.files import free_bytes, fsync_folder, fsync_tree, in_units, sha256_file, write_json
 from anchor_cli.data.text import tokenizer_folder
 from anchor_cli.model.folder import save_model
+from anchor_cli.spec.schedule import interval_steps
+from anchor_cli.train.metrics_log import MetricsLog
+from anchor_cli.train.optimizer_state import save_optimizer_state
+from anchor_cli.train.run import Run
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,9 +46,120 @@ _TOKENIZER_FILES = (
 )
 
 
-def partial_folder(run_folder: Path, step: int) -> Path:
-    """Where checkpoint-{step} is put together: the same place for all ranks."""
-    return run_folder / f".checkpoint-{step}.partial"
+class Checkpoints:
+    """When a run saves, what stands, and what a full disk costs: a checkpoint, not the run. All ranks save together."""
+
+    def __init__(self, run: Run, log: MetricsLog | None) -> None:
+        self._run = run
+        self._log = log  # of rank 0
+        self._every = interval_steps(run.spec.save_steps, run.total_steps)
+        self.saved_step: int | None = run.first_step if run.checkpoint else None
+        self._tried_step = self.saved_step
+        self._retry_step: int | None = None  # after a save that failed
+
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint that was written last, or the run continued from."""
+        return None if self.saved_step is None else self._run.files.checkpoint(self.saved_step)
+
+    def due(self, step: int) -> bool:
+        """Every save_steps and at the end, each once; again a while after a save that failed."""
+        on_schedule = self._every and step % self._every == 0 and step > 0
+        due = on_schedule or step in (self._run.last_step, self._retry_step)
+        return bool(due) and step not in (self.saved_step, self._tried_step)
+
+    def save(self, step: int) -> bool:
+        """True when checkpoint-{step} stands; False when the disk could not hold it (a warning; tried again later)."""
+        run, log = self._run, self._log
+        self._tried_step = step
+        try:
+            save(run, step, log)
+        except OSError as error:
+            self._retry_step = step + max(1, (self._every or run.total_steps) // 10)
+            if log:
+                log.event("checkpoint_failed", step, reason=str(error))
+                kept = f"{self.newest.name} stays" if self.newest else "there is none yet"
+                again = f"; next try at step {self._retry_step}" if self._retry_step <= run.last_step else ""
+                warn(f"checkpoint-{step} could not be written ({error}); {kept}{again}")
+            return False
+        self._retry_step, self.saved_step = None, step
+        if log:
+            log.event("checkpoint", step)
+            try:
+                prune(run.folder, run.spec.save_total_limit)
+            except OSError as error:  # the new one stands: not a reason to lose the run
+                warn(f"older checkpoints could not be removed ({error}); the next save tries again")
+        return True
+
+    def require_room(self) -> None:
+        """Before the first step: room for one checkpoint; a warning when there is none for all this run will keep.
+
+        Raises:
+            InputError: not even one fits.
+        """
+        run, one = self._run, bytes_of_one(self._run)
+        planned = 1 + ((run.last_step - run.first_step - 1) // self._every if self._every else 0)
+        limit = run.spec.save_total_limit
+        count = planned if limit is None else min(planned, max(1, limit + 1 - len(list_checkpoints(run.folder))))
+        free = free_bytes(run.folder)
+        if free < one and run.first_step < run.last_step:
+            raise InputError(
+                f"{run.folder}: {in_units(free)} free, but one checkpoint needs {in_units(one)}",
+                hint="free some space, or set output_dir to another disk",
+            )
+        if free < count * one:
+            warn(
+                f"{run.folder}: {in_units(free)} free, but the {count} checkpoints of {in_units(one)} to come"
+                f" need {in_units(count * one)}; set save_total_limit or free some space"
+            )
+
+
+def save(run: Run, step: int, log: MetricsLog | None) -> None:
+    """Write checkpoint-{step}; every rank calls it. It appears whole, by one rename, or not at all.
+
+    Raises:
+        OSError: on every rank, when any rank could not write; what was written is removed.
+    """
+    partial = run.folder / f".checkpoint-{step}.partial"  # the same place for all ranks
+    metrics_bytes = 0
+
+    def begin() -> None:
+        nonlocal metrics_bytes
+        sweep_partials(run.folder)
+        require_space(run.folder, bytes_of_one(run))
+        partial.mkdir()
+        metrics_bytes = log.flushed_bytes() if log else 0
+
+    def write_model() -> None:
+        write_model_files(partial, run.engine, run.spec.model_name_or_path, run.contract)
+
+    def write_optimizer() -> None:
+        if run.updates_before(step):
+            save_optimizer_state(run.engine, partial, run.ranks.rank, run.ranks.world_size)
+
+    def finish() -> None:
+        write_json(partial / TRAINING_STATE, run.training_state(step, metrics_bytes))
+        commit(partial, run.files.checkpoint(step))
+
+    for part, by_all in ((begin, False), (write_model, True), (write_optimizer, True), (finish, False)):
+        problem: str | None = None
+        try:
+            if by_all or run.is_first:
+                part()
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        if problem := run.ranks.first_text(problem):
+            if run.is_first:
+                sweep_partials(run.folder)
+            raise OSError(problem)
+
+
+def bytes_of_one(run: Run) -> int:
+    """Bytes of one checkpoint of this run: tensors, the tokenizer's files, 256 KB of JSON."""
+    weights = sum(int(getattr(p, "ds_numel", p.numel())) for p in run.model.parameters())
+    files = [_tokenizer_file(run.spec.model_name_or_path, name) for name in _TOKENIZER_FILES]
+    tokenizer = sum(path.stat().st_size for path in files if path is not None)
+    return checkpoint_bytes(weights, 2 if run.spec.precision == "bfloat16" else 4, tokenizer + 2**18)
 
 
 def sweep_partials(run_folder: Path) -> None:
@@ -79,14 +199,14 @@ def copy_tokenizer(source: str, folder: Path) -> None:
     `tokenizer.json`, which the contract's fingerprint would then have to be the same for.
     """
     for name in _TOKENIZER_FILES:
-        found = _tokenizer_file(source, name)
-        if found is not None:
-            shutil.copyfile(found, folder / name)
+        path = _tokenizer_file(source, name)
+        if path is not None:
+            shutil.copyfile(path, folder / name)
 
 
 @cache
 def _tokenizer_file(source: str, name: str) -> Path | None:
-    """Asked once a process, at its start (`needed_bytes`): a network that fails later in the night changes nothing."""
+    """Looked up once a process, at its start (`bytes_of_one`): a network that fails later changes nothing."""
     if Path(source).is_dir():
         of_texts = "token" in name or "chat" in name
         path = (tokenizer_folder(Path(source)) if of_texts else Path(source)) / name
@@ -127,8 +247,7 @@ def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[
     Never the best by `eval/avg/ndcg@10` (of those that were evaluated), nor the newest whole one (`hashes=False`: whole
     by size; the one just written is). Damaged ones go first.
     """
-    found = list_checkpoints(run_folder)
-    gone = removable(run_folder, found, limit, hashes=hashes)
+    gone = removable(run_folder, list_checkpoints(run_folder), limit, hashes=hashes)
     for path in gone:
         trash = path.with_name(f".{path.name}.removed")
         os.rename(path, trash)  # gone at once under its name, then emptied
@@ -136,21 +255,14 @@ def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[
     return gone
 
 
-def removable(run_folder: Path, found: list[Path], limit: int | None, *, hashes: bool) -> list[Path]:
-    """What `prune` removes of `found` (oldest first)."""
-    if limit is None or len(found) <= limit:
+def removable(run_folder: Path, checkpoints: list[Path], limit: int | None, *, hashes: bool) -> list[Path]:
+    """What `prune` removes of `checkpoints` (oldest first)."""
+    if limit is None or len(checkpoints) <= limit:
         return []
-    whole = [path for path in found if not verify_checkpoint(path, hashes=hashes)]
+    whole = [path for path in checkpoints if not verify_checkpoint(path, hashes=hashes)]
     protected = {best_checkpoint(run_folder), *whole[-1:]}
-    damaged_first = sorted(found, key=lambda path: path in whole)
-    return [path for path in damaged_first if path not in protected][: len(found) - limit]
-
-
-def needed_bytes(num_parameters: int, bytes_per_weight: int, source: str) -> int:
-    """Bytes of one checkpoint: model weights, fp32 weights and two moments, the tokenizer's files, 256 KB of JSON."""
-    found = [_tokenizer_file(source, name) for name in _TOKENIZER_FILES]
-    tokenizer = sum(path.stat().st_size for path in found if path is not None)
-    return checkpoint_bytes(num_parameters, bytes_per_weight, tokenizer + 2**18)
+    damaged_first = sorted(checkpoints, key=lambda path: path in whole)
+    return [path for path in damaged_first if path not in protected][: len(checkpoints) - limit]
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

@@ -1,26 +1,70 @@
-"""What a run is made of, settled by rank 0 before anything heavy: data, folder, what it continues from."""
+"""From a spec to a run, top to bottom: contract, pairs, checkpoint, plan, model, engine, and the state to continue."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+
 from anchor_cli.base.checkpoints import newest_whole, read_state
-from anchor_cli.base.console import warn
+from anchor_cli.base.console import say, warn
+from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import InputError
+from anchor_cli.base.runs import lock_run
+from anchor_cli.data.batches import BatchPlan, make_plan
+from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.data.training_set import contract_for, require_contract_of, training_pairs
+from anchor_cli.model.attention import choose_kernel
+from anchor_cli.model.backbone import apply_liger, compile_layers, liger_fits, load_backbone
+from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.plan.budget import Budget, choose_budget
+from anchor_cli.plan.inputs import shape_of
+from anchor_cli.plan.zero import state_options
+from anchor_cli.processes.ranks import Ranks
+from anchor_cli.processes.watchdog import Watchdog
+from anchor_cli.spec import schedule
+from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import NOT_OF_THE_RESULT, RunSpec
+from anchor_cli.train.deepspeed import build_engine
+from anchor_cli.train.feed import Feed
+from anchor_cli.train.loop import train_step
+from anchor_cli.train.optimizer_state import load_optimizer_state
+from anchor_cli.train.run import Run
+from anchor_cli.train.saving import sweep_partials
 
 _PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless; data has a fingerprint
 _BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
 
 
-def resume_point(spec: RunSpec, data_fingerprint: str) -> dict[str, Any]:
-    """What this experiment continues from: {"checkpoint": path or None, "state": its training state or None}.
-
-    The newest whole checkpoint is taken; newer damaged ones are named. A changed spec or data set is refused.
+def start_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, watchdog: Watchdog) -> Run:
+    """The run of a spec, fresh or resumed. Data are prepared already; rank 0 chooses the checkpoint for all.
 
     Raises:
-        InputError: the differences that matter, one after the other.
+        InputError: on every rank, whatever of spec, data or checkpoint cannot work for any of them; before the model
+            is loaded where possible.
+    """
+    watchdog.phase("start-up (data and checkpoint)", None)
+    checkpoint: Path | None = None
+    with ranks.refuse_together():
+        contract = contract_for(spec)
+        pairs = training_pairs(spec, contract)
+        if ranks.rank == 0:
+            lock_run(spec.run_folder)
+            sweep_partials(spec.run_folder)
+            checkpoint = checkpoint_to_continue(spec, contract, pairs.fingerprint)
+    chosen = ranks.broadcast(str(checkpoint) if checkpoint else None)
+    return build_run(spec, ranks, spec_folder, contract, pairs, Path(chosen) if chosen else None, watchdog)
+
+
+def checkpoint_to_continue(spec: RunSpec, contract: TextContract, data_fingerprint: str) -> Path | None:
+    """The newest whole checkpoint of this experiment, if any; newer damaged ones are named.
+
+    Raises:
+        InputError: it was made under another spec, contract or data set, or is further than the run shall go.
     """
     checkpoint, damaged = newest_whole(spec.run_folder)
     for line in damaged:
@@ -28,34 +72,139 @@ def resume_point(spec: RunSpec, data_fingerprint: str) -> dict[str, Any]:
     if checkpoint is None:
         if damaged:
             warn("no whole checkpoint is left; training starts from the beginning")
-        return {"checkpoint": None, "state": None}
+        return None
     state = read_state(checkpoint)
-    found = differences_that_matter(state["spec"], spec.model_dump(), state["global_batch_size"])
+    changed = differences_that_matter(state["spec"], spec.model_dump(), state["global_batch_size"])
     if state["data_fingerprint"] != data_fingerprint:
-        found.append("the training data are not the ones it began with")
-    if found:
+        changed.append("the training data are not the ones it began with")
+    if changed:
         raise InputError(
-            f"{checkpoint}: this experiment began with another spec: {'; '.join(found)}",
+            f"{checkpoint}: this experiment began with another spec: {'; '.join(changed)}",
             hint="put the values back, or give the new run its own experiment_id",
         )
-    return {"checkpoint": str(checkpoint), "state": state}
+    require_contract_of(checkpoint, contract)
+    refuse_to_stop_before(spec, checkpoint, int(state["step"]))
+    return checkpoint
 
 
 def differences_that_matter(old: dict[str, Any], new: dict[str, Any], global_batch_size: int) -> list[str]:
     """`key: old -> new` for every key the result depends on. The global batch stays what the run began with."""
-    found = []
+    changed = []
     for key in new:
         if key in NOT_OF_THE_RESULT | _PATHS | _BATCH:
             continue
-        before = old.get(key, RunSpec.model_fields[key].default)  # a key that was not there yet had its default
-        if before != new[key]:
-            was, is_now = (json.dumps(value, ensure_ascii=False) for value in (before, new[key]))
-            found.append(f"{key}: {was} -> {is_now}")
-    if new["global_batch_size"] is not None and new["global_batch_size"] != global_batch_size:
-        found.append(f"global_batch_size: {global_batch_size} -> {new['global_batch_size']}")
-    if new["global_batch_size"] is None:
-        old_product = old["per_device_train_batch_size"] * old["gradient_accumulation_steps"]
-        product = new["per_device_train_batch_size"] * new["gradient_accumulation_steps"]
-        if old["global_batch_size"] is None and product != old_product:
-            found.append(f"per_device_train_batch_size x gradient_accumulation_steps: {old_product} -> {product}")
-    return found
+        was = old.get(key, RunSpec.model_fields[key].default)  # a key that was not there yet had its default
+        if was != new[key]:
+            before, after = (json.dumps(value, ensure_ascii=False) for value in (was, new[key]))
+            changed.append(f"{key}: {before} -> {after}")
+    if new["global_batch_size"] is not None:
+        if new["global_batch_size"] != global_batch_size:
+            changed.append(f"global_batch_size: {global_batch_size} -> {new['global_batch_size']}")
+    elif old["global_batch_size"] is None:
+        before, after = (
+            keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] for keys in (old, new)
+        )
+        if before != after:
+            changed.append(f"per_device_train_batch_size x gradient_accumulation_steps: {before} -> {after}")
+    return changed
+
+
+def refuse_to_stop_before(spec: RunSpec, checkpoint: Path, step: int) -> None:
+    """A run that is further than `stop_after_n_steps` has nothing to do. Raises InputError."""
+    if spec.stop_after_n_steps and spec.stop_after_n_steps < step:
+        raise InputError(
+            f"stop_after_n_steps: {spec.stop_after_n_steps}, but {checkpoint} has {step} steps already",
+            hint=f"take it out, or set it to more than {step}",
+        )
+
+
+def build_run(
+    spec: RunSpec,
+    ranks: Ranks,
+    spec_folder: Path,
+    contract: TextContract,
+    pairs: PreparedPairs,
+    checkpoint: Path | None,
+    watchdog: Watchdog,
+) -> Run:
+    """Plan, model, engine; with a `checkpoint`, its weights and its optimizer's state."""
+    state = read_state(checkpoint) if checkpoint else {}
+    raw = load_ds_config(spec.deepspeed, spec_folder)
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
+    budget = budget_of(spec, pairs, ranks, raw, kernel)
+    plan = plan_of(spec, pairs, state.get("global_batch_size", spec.global_batch(ranks.world_size)), ranks, budget)
+    watchdog.phase("start-up (model)", None)
+    language_model = load_backbone(
+        checkpoint or spec.model_name_or_path,
+        dtype=dtype,
+        gradient_checkpointing=budget.checkpointing,
+        max_seq_length=contract.max_seq_length,
+        reconstructs=True,
+    )
+    liger = ranks.device.type == "cuda" and apply_liger(language_model)
+    model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=contract.pooling_mode)
+    model.train()
+    if spec.torch_compile:
+        compile_layers(language_model)
+    watchdog.phase("start-up (engine)", None)
+    ds_config = resolve_ds_config(
+        raw,
+        spec,
+        gradient_accumulation_steps=plan.num_micro_batches,
+        micro_batch_size=1,
+        world_size=ranks.world_size,
+    )
+    engine, optimizer = build_engine(model, spec, ds_config, ranks.device)
+    feed = Feed(pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
+    made = (spec, ranks, contract, pairs, plan, engine, optimizer, feed, kernel, liger, raw, budget.tokens)
+    run = Run(*made, checkpoint=checkpoint, state=state)
+    if checkpoint is not None:
+        watchdog.phase("start-up (optimizer state)", None)
+        restore(run, checkpoint)
+    return run
+
+
+def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict[str, Any], kernel: str) -> Budget:
+    """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
+    longest = int((pairs.query_lengths + pairs.document_lengths).max())
+    options = state_options(spec, ds_config, ranks.world_size)
+    if ranks.device.type != "cuda":
+        return choose_budget(spec, None, options, None, longest)
+    free = torch.tensor([torch.cuda.mem_get_info(ranks.device)[0]])
+    if ranks.cpu_group is not None:
+        dist.all_reduce(free, op=dist.ReduceOp.MIN, group=ranks.cpu_group)
+    shape, _ = shape_of(spec.model_name_or_path)
+    liger = liger_fits(spec.model_name_or_path)
+    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kernel, liger=liger)
+
+
+def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: Ranks, budget: Budget) -> BatchPlan:
+    """The plan of the whole run under a token budget."""
+    row_lengths = pairs.query_lengths + pairs.document_lengths
+    total = schedule.total_steps(len(row_lengths), global_batch_size, spec.num_train_epochs, spec.max_steps)
+    return make_plan(
+        row_lengths,
+        seed=spec.seed,
+        global_batch_size=global_batch_size,
+        world_size=ranks.world_size,
+        token_budget=budget.tokens,
+        total_steps=total,
+    )
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Continue exactly: one step at learning rate 0 makes the optimizer's state exist, then it is replaced.
+
+    Elastic: nothing in a checkpoint depends on the number of processes.
+    """
+    updates = run.updates_before(run.first_step)
+    if updates:
+        one = run.feed.pack(np.array([int(np.argmin(run.plan.row_lengths))]))
+        micro_batches = [one.to(run.ranks.device)] * run.plan.num_micro_batches
+        train_step(run.engine, micro_batches, d2q_scale=1e-3, q2d_scale=1e-3, learning_rate=0.0)
+        load_optimizer_state(run.engine, run.optimizer, checkpoint, updates)
+    if run.is_first:
+        before, now = run.state["world_size"], run.ranks.world_size
+        changed = f", written by {before} processes, going on with {now}" if before != now else ""
+        say(f"resuming from {checkpoint} (step {run.first_step}{changed})")

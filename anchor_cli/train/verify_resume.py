@@ -23,7 +23,7 @@ from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.metric_names import STEP, TRAIN_KEYS
 from anchor_cli.base.runs import RunFolder, read_json_lines
-from anchor_cli.data.training_set import contract_for, prepared_data
+from anchor_cli.data.training_set import prepare_raw
 from anchor_cli.spec.spec import RunSpec
 
 
@@ -88,7 +88,7 @@ def verify_resume(
         InputError: the spec cannot be trained, or has fewer than 2N steps.
         RunError: a training failed.
     """
-    data = prepared_data(spec, contract_for(spec))
+    data = prepare_raw(spec)
     output = Path(spec.output_dir).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".verify-resume-", dir=output))

@@ -1,4 +1,7 @@
-"""One process of a training run: joins the others, trains, leaves with the right exit code."""
+"""One rank of a training run: joins the others, builds the run, trains, ends with the right exit code.
+
+What a rank records of its failure (`processes/watchdog.py`) tells the launcher which one is the root cause.
+"""
 
 from __future__ import annotations
 
@@ -9,115 +12,116 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped, first_line
 from anchor_cli.base.files import write_json
 from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
 from anchor_cli.base.runs import RunFolder, lock_run, remember_run
+from anchor_cli.processes.extension_locks import clear_stale_locks
 from anchor_cli.processes.launch import LAUNCHED, prepare_run_folder
 from anchor_cli.processes.logs import rank_log
 from anchor_cli.processes.ranks import environment_ranks
 from anchor_cli.processes.signals import StopFlag, die_with_parent, stop_with_launcher
-from anchor_cli.processes.watchdog import (
-    LostPeer,
-    Watchdog,
-    failure_of,
-    forget_failures,
-    lost_peer,
-    note_failure,
-    where_ranks_are,
-)
+from anchor_cli.processes.watchdog import Failure, LostPeer, Watchdog, clear_heartbeats, is_lost_peer, where_ranks_are
 from anchor_cli.spec.hub_names import needs_hub
 from anchor_cli.spec.spec import RunSpec
 
+if TYPE_CHECKING:
+    from anchor_cli.train.run import Run
+
 FOREIGN_LAUNCHERS = {"TORCHELASTIC_RUN_ID": 1, "CROSS_RANK": 2}
 """What torchrun and DeepSpeed set for their workers, and how many processes above a worker are the launcher."""
-_RANK_0_SPEAKS_S = 0.5
+_RANK_0_REPORTS_S = 0.5
 
 
-def work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...] = (), flag: StopFlag | None = None) -> None:
-    """Train as the process that the environment says this is (alone, if it says nothing).
+def run_rank(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag) -> None:
+    """Train as the rank that the environment says this process is (alone, if it says nothing).
 
     Args:
-        flag: one that hears signals already; else one of its own does while it works.
+        flag: one that handles signals already.
     Raises:
         Stopped: a signal came and everything is saved.
         InputError: the run is being trained already; nothing of it was touched.
     """
-    if flag is None:
-        flag = StopFlag()
-        flag.install()
     launcher, (rank, _, world_size) = os.environ.get(LAUNCHED), environment_ranks() or (0, 0, 1)
     if launcher:
         die_with_parent(int(launcher))
     elif watched := [generations for name, generations in FOREIGN_LAUNCHERS.items() if name in os.environ]:
         stop_with_launcher(max(watched))
-    prepare_run_folder(spec.run_folder)
+    files = RunFolder(spec.run_folder)
+    prepare_run_folder(files.path)
     if rank == 0 and not launcher:
-        make_way(spec.run_folder, alone=world_size == 1)
-    with quiet_if_said(spec, rank), rank_log(RunFolder(spec.run_folder).logs, rank, redirected=bool(launcher)):
-        _work(spec, spec_path, skip_steps, flag, rank)
+        claim_run(files, alone=world_size == 1)
+    with only_rank_0_reports(files, rank), rank_log(files.logs, rank, redirected=bool(launcher)):
+        if needs_hub(spec):
+            go_offline_if_the_hub_is_silent()
+        faulthandler.enable()  # a crash (SIGSEGV, SIGBUS of a file that shrank) leaves its stack in the log
+        clear_stale_locks()
+        watchdog = Watchdog(files.heartbeats, rank)
+        watchdog.start()
+        with failure_recorded(files, rank, watchdog):
+            train(spec, spec_path.parent, skip_steps, flag, watchdog)
     flag.uninstall()
 
 
-def make_way(run_folder: Path, *, alone: bool) -> None:
-    """Take the run for this process, then forget what earlier starts of it wrote; what a living one writes stays.
-
-    Raises:
-        InputError: the run is being trained already, and nobody else waits to hear it; several ranks hear it together,
-            from `run.settle`.
-    """
-    try:
-        lock_run(run_folder)
-    except InputError:
-        if alone:
-            raise
-        return
-    except OSError:  # `settle` says it in words
-        return
-    forget_failures(RunFolder(run_folder).heartbeats)
-
-
-def _work(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: StopFlag, rank: int) -> None:
-    from anchor_cli.processes.extension_locks import clear_stale_locks
-
-    if needs_hub(spec):
-        go_offline_if_the_hub_is_silent()
-    faulthandler.enable()  # a crash (SIGSEGV, SIGBUS of a file that shrank) leaves its stack in the log
-    clear_stale_locks()
+def train(spec: RunSpec, spec_folder: Path, skip_steps: tuple[int, ...], flag: StopFlag, watchdog: Watchdog) -> None:
+    """Join the other ranks, build the run, train it."""
     from anchor_cli.train.deepspeed import leave_processes, start_processes
-    from anchor_cli.train.run import open_run
+    from anchor_cli.train.loop import Training
+    from anchor_cli.train.start import start_run
 
-    watchdog = Watchdog(RunFolder(spec.run_folder).heartbeats, rank)
-    watchdog.start()
-    with told_apart(spec, rank, watchdog):
-        ranks = start_processes(2 * watchdog.timeout_s)
-        more = "more GPUs share out the optimizer, deepspeed: zero3_bf16 the weights, too; zero2_offload_bf16 takes RAM"
-        with enough_memory(rank, "before the first step", more):
-            run = open_run(spec, ranks, spec_path.parent, skip_steps, watchdog)
-        from anchor_cli.train.loop import Training
-
-        if ranks.rank == 0:
-            remember(run.spec, run.folder, run.raw_ds_config, run.kernel, run.liger)
-        smaller = "lower max_tokens_per_micro_batch, or gradient_checkpointing: true; the same command then goes on"
-        with enough_memory(rank, f"with micro-batches of up to {run.token_budget:,} tokens", smaller):
-            Training(run, flag, watchdog).train()
+    ranks = start_processes(2 * watchdog.timeout_s)
+    more = "more GPUs share out the optimizer, deepspeed: zero3_bf16 the weights, too; zero2_offload_bf16 takes RAM"
+    with enough_memory(ranks.rank, "before the first step", more):
+        run = start_run(spec, ranks, spec_folder, watchdog)
+    run.skip(skip_steps)
+    if run.is_first:
+        write_records(run)
+    smaller = "lower max_tokens_per_micro_batch, or gradient_checkpointing: true; the same command then goes on"
+    with enough_memory(ranks.rank, f"with micro-batches of up to {run.token_budget:,} tokens", smaller):
+        Training(run, flag, watchdog).train()
     leave_processes()
 
 
+def write_records(run: Run) -> None:
+    """spec.json, ds_config.json and environment.json of the run; and the run becomes the last one of this user."""
+    from anchor_cli.base.environment import environment
+
+    write_json(run.files.spec, run.spec.model_dump())
+    write_json(run.files.ds_config, run.raw_ds_config)
+    write_json(run.files.environment, environment() | {"attention_kernel": run.kernel, "liger": run.liger})
+    remember_run(run.folder)
+
+
+def claim_run(files: RunFolder, *, alone: bool) -> None:
+    """Lock the run for this process, then remove heartbeats and failures of earlier starts.
+
+    Raises:
+        InputError: the run is being trained already, by itself; of several ranks all refuse together (`start_run`).
+    """
+    try:
+        lock_run(files.path)
+    except InputError:
+        if alone:
+            raise
+    except OSError:  # `start_run` says it in words
+        return
+    else:
+        clear_heartbeats(files.heartbeats)
+
+
 @contextmanager
-def quiet_if_said(spec: RunSpec, rank: int) -> Iterator[None]:
-    """Rank 0 alone talks to the terminal: what it says of an end, the others do not repeat (it is in their logs)."""
+def only_rank_0_reports(files: RunFolder, rank: int) -> Iterator[None]:
+    """Under another's launcher, a rank prints its error only where rank 0 does not print the same (logs have all)."""
     try:
         yield
     except AnchorError as error:
         if rank == 0 or LAUNCHED in os.environ:
             raise
-        time.sleep(_RANK_0_SPEAKS_S)
-        first = failure_of(RunFolder(spec.run_folder).heartbeats, 0)
-        said = isinstance(error, Stopped | LostPeer) or (first is not None and first.message == error.message)
-        if said:
+        time.sleep(_RANK_0_REPORTS_S)
+        first = Failure.read(files.heartbeats, 0)
+        if isinstance(error, Stopped | LostPeer) or (first is not None and first.message == error.message):
             raise SystemExit(error.exit_code) from None
         if not error.message.startswith("rank "):
             error.message = f"rank {rank} on {socket.gethostname()}: {error.message}"
@@ -130,54 +134,44 @@ class OutOfMemory(RunError):
 
 @contextmanager
 def enough_memory(rank: int, when: str, hint: str) -> Iterator[None]:
-    """CUDA's error in the person's words. Told by its name, so that torch need not be there."""
+    """CUDA's error with a remedy. Recognised by its name, so that torch need not be there."""
     try:
         yield
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        reason = first_line(error, 200)
-        message = f"rank {rank} on {socket.gethostname()}: out of GPU memory {when} ({reason})"
+        message = f"rank {rank} on {socket.gethostname()}: out of GPU memory {when} ({first_line(error, 200)})"
         raise OutOfMemory(message, hint=hint) from error
 
 
 @contextmanager
-def told_apart(spec: RunSpec, rank: int, watchdog: Watchdog) -> Iterator[None]:
-    """Leaves word for the launcher of what failed here, and whether it failed here or only followed from elsewhere."""
-    folder = RunFolder(spec.run_folder).heartbeats
+def failure_recorded(files: RunFolder, rank: int, watchdog: Watchdog) -> Iterator[None]:
+    """Records why this rank fails, and whether that is the root cause or a consequence of another rank's end."""
+
+    def record(message: str, hint: str | None = None, *, consequence: bool = False, by_all: bool = False) -> None:
+        Failure(message, hint, consequence, reported=rank == 0, by_all=by_all).write(files.heartbeats, rank)
+
     try:
         yield
     except Stopped:
         raise
     except OutOfMemory as error:
-        note_failure(folder, rank, error.message, error.hint, said=rank == 0)
+        record(error.message, error.hint)
         raise
-    except AnchorError as error:  # most are agreed on by all ranks; rank 0 tells the person
-        note_failure(folder, rank, error.message, error.hint, followed=rank != 0, said=rank == 0, agreed=True)
+    except AnchorError as error:  # all ranks raise the same; rank 0 reports it
+        record(error.message, error.hint, consequence=rank != 0, by_all=True)
         raise
     except Exception as error:
-        reason = first_line(error)
-        if not lost_peer(error):
-            note_failure(folder, rank, f"{type(error).__name__}: {reason}", None, said=rank == 0)
+        if not is_lost_peer(error):
+            record(f"{type(error).__name__}: {first_line(error)}")
             raise
         message = (
             f"rank {rank} on {socket.gethostname()} lost touch with the others in {watchdog}"
-            f" ({reason}); all ranks: {where_ranks_are(folder)}"
+            f" ({first_line(error)}); all ranks: {where_ranks_are(files.heartbeats)}"
         )
-        note_failure(folder, rank, message, None, followed=True, said=False)
+        Failure(message, consequence=True).write(files.heartbeats, rank)
         if os.environ.get(LAUNCHED):
-            raise SystemExit(LostPeer.exit_code) from error  # the launcher tells the first cause
+            raise SystemExit(LostPeer.exit_code) from error  # the launcher reports the root cause
         raise LostPeer(message, hint="the first error of the rank that is missing is the cause") from error
     finally:
         watchdog.stop()
-
-
-def remember(spec: RunSpec, folder: Path, ds_config: dict[str, Any], kernel: str, liger: bool) -> None:
-    """spec.json, ds_config.json and environment.json of the run, and the run itself for `anchor eval checkpoint-N`."""
-    from anchor_cli.train.environment import environment
-
-    files = RunFolder(folder)
-    write_json(files.spec, spec.model_dump())
-    write_json(files.ds_config, ds_config)
-    write_json(files.environment, environment() | {"attention_kernel": kernel, "liger": liger})
-    remember_run(folder)

@@ -24,8 +24,8 @@ HEAVY = (
     "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "transformers",
     "transformers.models.qwen3.modeling_qwen3",
     "safetensors.torch", "tokenizers", "anchor_cli.data.prepare.prepare", "anchor_cli.train.loop",
-    "anchor_cli.train.worker",
-    "anchor_cli.train.environment", "anchor_cli.commands.cli",
+    "anchor_cli.train.worker", "anchor_cli.train.start",
+    "anchor_cli.base.environment", "anchor_cli.commands.cli",
 )  # fmt: skip
 
 

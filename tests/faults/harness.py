@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from anchor_cli.data.training_set import prepare_raw
 from anchor_cli.processes.ranks import free_port
+from anchor_cli.spec.load import load_spec
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN_KEYS = ("step", "train/loss", "train/d2q_loss", "train/q2d_loss", "train/learning_rate", "train/grad_norm")
@@ -127,7 +129,9 @@ class ForkServer:
         answers: dict[str, Any] | None = None,
         **env: str,
     ) -> Started:
-        """Start `anchor arguments`; with `ranks` > 1 as that many workers, as torchrun would."""
+        """Start `anchor arguments`; with `ranks` > 1 as that many workers, as torchrun would, on prepared data."""
+        if ranks > 1 and arguments[0] == "train":
+            prepare_raw(load_spec(Path(arguments[1])))
         started = Started(self, [], [])
         port = str(free_port())
         for rank in range(ranks):
