@@ -180,10 +180,12 @@ def _problem(path: Path, known: dict[str, Any], hashes: bool) -> str | None:
     return None
 
 
-def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+def newest_whole(run_folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint (of step `up_to` at most) that verifies, and a line for each newer one that does not."""
     damaged: list[str] = []
     for folder in reversed(list_checkpoints(run_folder)):
+        if up_to is not None and (checkpoint_step(folder) or 0) > up_to:
+            continue
         problems = verify_checkpoint(folder)
         if not problems:
             return folder, damaged

@@ -1,8 +1,7 @@
-"""Signals and agreement: a stop wished by one process becomes one decision of all ranks at the same step.
+"""Stop signals: all ranks stop at the same step once any of them receives one.
 
-A thread hears signals through the wake-up pipe that Python's C handler writes to, so that a main thread which is
-importing, or waiting in a collective for a rank that is gone, is no reason not to leave. Torch is not imported here
-before it is needed: a worker listens before it imports anything heavy.
+A thread reads signals from the wake-up pipe that Python's C handler writes to, so that they work while the main thread
+is importing, or waits in a collective for a rank that is gone. Torch is imported late: signals are handled before that.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signa
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 AT_ONCE = 130  # exit code after a second SIGINT, as a shell has it
-SAME_KEY_S = 0.5  # torchrun passes on a Ctrl-C that the terminal has sent to its workers already: that is one wish
+SAME_KEY_S = 0.5  # torchrun passes on a Ctrl-C that the terminal has sent to its workers already: that is one Ctrl-C
 
 
 class StopFlag:
-    """Remembers that a stop was asked for. A second SIGINT ends the process at once.
+    """Whether a stop signal has come. A second SIGINT ends the process at once.
 
     Until `poll_from_now_on` is called there is nothing to save (every file is whole or absent), so the first signal
-    ends the process with 75 by itself; afterwards it is remembered, and the loop saves and leaves.
+    ends the process with 75; afterwards it sets the flag, and the loop saves and ends.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._starting = True
-        self._heard_s = 0.0
+        self._received_s = 0.0
 
     def install(self) -> None:
         """Take over the stop signals of this process (main thread only). Forked children get them back."""
@@ -48,7 +47,7 @@ class StopFlag:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, _heard_by_the_thread)
+            signal.signal(number, _handled_by_the_thread)
         os.register_at_fork(after_in_child=_give_signals_back)
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
 
@@ -59,7 +58,7 @@ class StopFlag:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def poll_from_now_on(self) -> None:
-        """From here a signal is only remembered: the loop asks at every step and in every phase."""
+        """From here a signal only sets the flag: the loop looks at every step and in every phase."""
         self._starting = False
 
     @property
@@ -75,8 +74,8 @@ class StopFlag:
     def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self.signal_name is None:
-            self.signal_name, self._heard_s = signal.Signals(number).name, now
-        elif number == signal.SIGINT and now - self._heard_s > SAME_KEY_S:
+            self.signal_name, self._received_s = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._received_s > SAME_KEY_S:
             leave(AT_ONCE)
         if self._starting:
             with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
@@ -84,19 +83,19 @@ class StopFlag:
             leave(Stopped.exit_code)
 
 
-def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """The handler proper: being there is enough, since the C handler has told the thread."""
+def _handled_by_the_thread(number: int, frame: FrameType | None) -> None:
+    """Python's handler: it only has to exist, since the C handler has written to the thread's pipe."""
 
 
 def _give_signals_back() -> None:
-    """In a forked child: signals are its own again, and not told to its parent."""
+    """In a forked child: signals do what they do by default, and do not reach the parent's pipe."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def leave(code: int) -> None:
-    """End this process now, its children first: nothing is left behind, and the terminal is as it was."""
+    """End this process now, its children first; the terminal is given back."""
     from anchor_cli.processes.logs import restore_output
 
     with contextlib.suppress(OSError):
@@ -125,7 +124,7 @@ def kill(pid: int, number: int) -> None:
 
 
 def stop_agreed(flag: StopFlag, group: dist.ProcessGroup | None) -> bool:
-    """True on every rank if any rank has been asked to stop by now: one tiny all-reduce over gloo.
+    """True on every rank if any rank has received a stop signal by now: one small all-reduce over gloo.
 
     It never touches the device, so no GPU work is waited for; `group` is None for a single process.
     """

@@ -1,4 +1,4 @@
-"""Micro-batches ahead of the engine: packed by a thread while the device works; the plan is known, so nothing waits."""
+"""Micro-batches, packed one step ahead by a thread while the device works."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepBatches:
 
 
 class Feed:
-    """`steps(first, last)` yields StepBatches in order, one step ahead of the asker, in page-locked memory for CUDA."""
+    """`steps(first, last)` yields StepBatches in order, packed one step ahead."""
 
     def __init__(
         self, pairs: PreparedPairs, plan: BatchPlan, rank: int, targets: Targets, device: torch.device
@@ -50,25 +50,18 @@ class Feed:
                 yield ready
 
     def step(self, step: int) -> StepBatches:
-        """This rank's micro-batches of one step, on the device's doorstep."""
+        """This rank's micro-batches of one step, in pinned host memory for CUDA."""
         pairs, plan = self._pairs, self._plan.step(step)
         rows = plan.rows
-        query_targets = num_targets(
-            pairs.query_lengths[rows], pairs.query_content_starts[rows], pairs.query_inner_eos[rows], self._targets
-        )
-        document_targets = num_targets(
-            pairs.document_lengths[rows],
-            pairs.document_content_starts[rows],
-            pairs.document_inner_eos[rows],
-            self._targets,
-        )
+        queries = pairs.query_lengths[rows], pairs.query_content_starts[rows], pairs.query_inner_eos[rows]
+        documents = pairs.document_lengths[rows], pairs.document_content_starts[rows], pairs.document_inner_eos[rows]
         return StepBatches(
             step,
             rows,
             [self.pack(micro) for micro in plan.micro_batches[self._rank]],
-            int(query_targets.sum()),
-            int(document_targets.sum()),
-            int(pairs.query_lengths[rows].sum() + pairs.document_lengths[rows].sum()),
+            int(num_targets(*queries, self._targets).sum()),
+            int(num_targets(*documents, self._targets).sum()),
+            int(queries[0].sum() + documents[0].sum()),
         )
 
     def pack(self, rows: npt.NDArray[np.int64]) -> PairBatch:

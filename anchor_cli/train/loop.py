@@ -61,7 +61,7 @@ class Training:
             if step == last:
                 break
             ready = next(batches)
-            result = self.update(step, ready)
+            result = self.update_if_kept(step, ready)
             self.log_if_due(step, ready, result)
         self.end()
 
@@ -130,21 +130,14 @@ class Training:
             hint=remedy if saved else f"the disk could not hold a checkpoint of this step; {remedy}",
         )
 
-    def update(self, step: int, ready: StepBatches) -> StepResult | None:
+    def update_if_kept(self, step: int, ready: StepBatches) -> StepResult | None:
         """One optimizer update over the step's rows; None for a step of `--skip-step`, which changes nothing."""
         run = self.run
         if step in run.skipped_steps:
             say(f"step {step}: skipped as asked") if run.is_first else None
             return None
-        d2q_scale, q2d_scale = run.target_scales(ready)
         try:
-            return train_step(
-                run.engine,
-                (batch.to(run.ranks.device) for batch in ready.micro_batches),
-                d2q_scale=d2q_scale,
-                q2d_scale=q2d_scale,
-                learning_rate=run.learning_rate(step),
-            )
+            return update(run, ready)
         except NonFiniteGradient as error:
             raise self.incident(step, ready, error) from error
 
@@ -203,6 +196,14 @@ class Training:
             self.log.event(event, step, **details)
             self.log.close()
         self.live.close()
+
+
+def update(run: Run, ready: StepBatches) -> StepResult:
+    """One optimizer step of a run: its rows, its normalisers, its learning rate."""
+    d2q_scale, q2d_scale = run.target_scales(ready)
+    micro_batches = (batch.to(run.ranks.device) for batch in ready.micro_batches)
+    rate = run.learning_rate(ready.step)
+    return train_step(run.engine, micro_batches, d2q_scale=d2q_scale, q2d_scale=q2d_scale, learning_rate=rate)
 
 
 @dataclass(frozen=True)

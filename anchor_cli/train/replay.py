@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from anchor_cli.base.checkpoints import checkpoint_step, list_checkpoints, verify_checkpoint
+from anchor_cli.base.checkpoints import newest_whole
 from anchor_cli.base.console import progress, warn
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.runs import RunFolder, read_json_lines
@@ -29,7 +29,7 @@ from anchor_cli.spec.deepspeed import load_ds_config
 from anchor_cli.spec.load import load_spec
 from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train.deepspeed import start_processes
-from anchor_cli.train.loop import train_step
+from anchor_cli.train.loop import update
 from anchor_cli.train.run import Run
 from anchor_cli.train.start import build_run
 
@@ -93,7 +93,10 @@ def replay(run_folder: Path, step: int) -> Replay:
     spec = with_ds_config_for_one(load_spec(RunFolder(run_folder).spec), run_folder)
     prepare_raw(spec)
     contract = contract_for(spec)
-    pairs, checkpoint = training_pairs(spec, contract), checkpoint_before(run_folder, step)
+    pairs = training_pairs(spec, contract)
+    checkpoint, damaged = newest_whole(run_folder, up_to=step)
+    for line in damaged:
+        warn(line)
     if checkpoint is None:
         spec = spec.model_copy(update={"global_batch_size": spec.global_batch(world_size_of(run_folder))})
     ranks = start_processes()
@@ -104,14 +107,7 @@ def replay(run_folder: Path, step: int) -> Replay:
     with progress(f"steps {first} to {step} again", step - first, "steps") as done:
         for ready in run.feed.steps(first, step):
             if ready.step not in run.skipped_steps:
-                d2q_scale, q2d_scale = run.target_scales(ready)
-                train_step(
-                    run.engine,
-                    (batch.to(ranks.device) for batch in ready.micro_batches),
-                    d2q_scale=d2q_scale,
-                    q2d_scale=q2d_scale,
-                    learning_rate=run.learning_rate(ready.step),
-                )
+                update(run, ready)
             done.advance()
     return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, look(run, as_cut(run, step)))
 
@@ -126,18 +122,6 @@ def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
     return spec.model_copy(update={"deepspeed": name})
 
 
-def checkpoint_before(run_folder: Path, step: int) -> Path | None:
-    """The newest whole checkpoint at or before `step`; damaged ones on the way are named."""
-    for folder in reversed(list_checkpoints(run_folder)):
-        if (checkpoint_step(folder) or 0) > step:
-            continue
-        problems = verify_checkpoint(folder)
-        if not problems:
-            return folder
-        warn(f"{folder}: damaged: {'; '.join(problems)}")
-    return None
-
-
 def world_size_of(run_folder: Path) -> int:
     """Processes of the run when it began."""
     lines = read_json_lines(RunFolder(run_folder).events)
@@ -146,11 +130,8 @@ def world_size_of(run_folder: Path) -> int:
 
 def as_cut(run: Run, step: int) -> StepRows:
     """The step's micro-batches as the run cut them when its checkpoint was written, else as one process does."""
-    plan = run.plan
-    if run.checkpoint is not None:
-        cut = {key: run.state[key] for key in ("world_size", "num_micro_batches")}
-        plan = replace(plan, **cut)
-    return plan.step(step)
+    cut = {key: run.state[key] for key in ("world_size", "num_micro_batches") if key in run.state}
+    return replace(run.plan, **cut).step(step)
 
 
 def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
