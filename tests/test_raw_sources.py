@@ -20,7 +20,7 @@ from anchor_cli.spec.spec import RunSpec
 SPELT: list[dict[str, Any]] = [
     {},
     {"max_seq_length": 48, "instructions": {"ko": "문서를 찾아라; '바로'", "*": "find = it"}},
-    {"text_template": "<|im_start|>user\n{text} :<|im_end|>", "instructions": {"en": "Find"}},
+    {"text_template": "text:\n{text}<|im_end|>", "instructions": {"en": "Find"}},
 ]
 CONTRACT = TextContract(tokenizer_fingerprint="f" * 64)
 
