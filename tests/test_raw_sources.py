@@ -105,4 +105,6 @@ def test_a_rank_refuses_raw_data_with_the_line_that_prepares_them(
     assert caught.value.hint is not None
     command, *arguments = shlex.split(caught.value.hint.removeprefix("prepare them once: "))
     assert command == "anchor" and anchor(arguments) == 0
-    assert len(training_pairs(spec, contract).query_lengths) == 64
+    elsewhere = spec.model_copy(update={"output_dir": str(tmp_path / "launcher")})
+    prepare_raw(elsewhere)  # what anchor train makes by itself
+    assert training_pairs(spec, contract).fingerprint == training_pairs(elsewhere, contract).fingerprint
