@@ -31,7 +31,7 @@ class Checker(HTMLParser):
         self.ids: list[str] = []
         self.links: list[str] = []
         self.tags: list[str] = []
-        self.words: list[str] = []
+        self.texts: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -53,7 +53,7 @@ class Checker(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_page_is_whole_self_contained_and_says_it_all(crashed: Path, single_page
         assert reference in checker.ids
     assert not re.search(r"https?://(?!www\.w3\.org/)", text) and "@import" not in text
     assert "script" not in checker.tags
-    shown = "".join(checker.words)
+    shown = "".join(checker.texts)
     for part in (
         "Rejected pairs",
         "1,862,922",
@@ -104,8 +104,8 @@ def figures(page: str) -> dict[str, str]:
 
 def legend(figure: str) -> list[tuple[str, str]]:
     """(colour, text) of the lines that a figure names."""
-    found = re.findall(r'<li><i style="background:(#\w+)"></i>(.*?)</li>', figure)
-    return [(colour, " ".join(re.sub(r"<[^>]+>", " ", text).split())) for colour, text in found]
+    items = re.findall(r'<li><i style="background:(#\w+)"></i>(.*?)</li>', figure)
+    return [(colour, " ".join(re.sub(r"<[^>]+>", " ", text).split())) for colour, text in items]
 
 
 def test_every_metric_has_a_chart_with_its_data(crashed: Path, single_page: Path) -> None:
@@ -183,8 +183,8 @@ def test_best_is_the_best_of_the_file(crashed: Path, single_page: Path) -> None:
     for name, (value, minus_step) in want.items():
         assert run.evaluation(name).best() == (-minus_step, value)
         label = "average" if name == "avg" else name
-        words = re.sub(r"<[^>]+>", "", single_page.read_text(encoding="utf-8"))
-        assert f"{label} best {value:.3f} at step {-minus_step:,}" in " ".join(words.split())
+        text = re.sub(r"<[^>]+>", "", single_page.read_text(encoding="utf-8"))
+        assert f"{label} best {value:.3f} at step {-minus_step:,}" in " ".join(text.split())
 
 
 def test_a_crash_is_not_drawn_twice(crashed: Path) -> None:
@@ -283,8 +283,8 @@ def test_data_report_is_the_one_trained_on(tmp_path: Path) -> None:
     checkpoint = run / "checkpoint-20"
     checkpoint.mkdir()
     (checkpoint / "training_state.json").write_text(json.dumps({"data_fingerprint": "pairs-2", "total_steps": 50}))
-    found = read_run(run)
-    assert found.data is not None and found.data["num_rows"] == 22
+    data = read_run(run).data
+    assert data is not None and data["num_rows"] == 22
     assert "num_rows" in write_report([run]).read_text(encoding="utf-8")
 
 
@@ -301,7 +301,7 @@ def test_running_mean_and_median_by_hand() -> None:
     assert running_median([1, 2, 3, 4, 50], 3) == [1.5, 2, 3, 4, 27]
 
 
-def test_small_words() -> None:
+def test_numbers_and_durations_as_text() -> None:
     assert [duration(s) for s in (0, 9, 250, 7500, 273_600)] == ["", "9 s", "4 min 10 s", "2 h 05 min", "3 d 4 h"]
     assert [number(x) for x in (0, 104_052.3, 196.2, 41.04, 2.4551, 0.0125, 4e-5)] == [
         "0", "104,052", "196", "41.0", "2.46", "0.0125", "4.0e-05"]  # fmt: skip

@@ -9,6 +9,7 @@ The pump is a process of its own, so that the last output of a rank that dies at
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -98,13 +99,13 @@ def _print_lines(source: socket.socket) -> None:
         if not size:  # of a line that is being written
             time.sleep(0.05)
             continue
-        with screen_lock:
+        with screen_lock, contextlib.suppress(OSError):  # a terminal that is gone (SIGHUP)
             for line in waiting[:size].decode(errors="replace").removesuffix("\n").split("\n"):
                 text = Text.from_ansi(line.rstrip("\r").rpartition("\r")[2])
                 if text.plain.startswith(("warning: ", "anchor: ")):
                     text.stylize("yellow")
                 screen().print(text, soft_wrap=True)
-            source.recv(size)
+        source.recv(size)
 
 
 @contextmanager
