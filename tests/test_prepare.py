@@ -24,7 +24,7 @@ from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.data.prepare import keeper
+from anchor_cli.data.prepare import keeper, workers
 from anchor_cli.data.prepare import prepare as prepare_module
 from anchor_cli.data.prepare.prepare import Options, prepare
 
@@ -384,6 +384,24 @@ def test_nanobeir_is_a_snapshot(
     said = capsys.readouterr()
     assert json.loads(said.out)["sets"]["ko/NanoNQ"]["documents"] == 5035
     assert f"anchor eval --data {tmp_path / 'nano'}" in said.err
+
+
+@pytest.mark.parametrize("place", ["RowMaker", "open_source", "load_tokenizer", "write_html"])
+def test_the_rate_counts_work_on_rows_only(
+    place: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = {"RowMaker": workers, "write_html": keeper}.get(place, prepare_module)
+    ours = getattr(module, place)
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(1.0)
+        return ours(*arguments, **options)
+
+    monkeypatch.setattr(module, place, slowly)
+    source = str(write_rows(tmp_path / "rows.jsonl", 200))
+    summary = prepare([source], tmp_path / "out", tokenizer=tokenizer_folder)
+    assert 0 < summary.rows_seconds < summary.seconds - 1.0
+    assert summary.as_dict()["rows_per_s"] == round(summary.tally.num_in / summary.rows_seconds, 1)
 
 
 def test_the_report_shows_template_content_and_eos(tmp_path: Path, tokenizer_folder: Path) -> None:

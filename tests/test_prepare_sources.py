@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -309,6 +310,72 @@ def test_a_parquet_file_is_read_piece_by_piece(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert read == len(texts)
     assert most < 12e6
+
+
+def as_dictionary(values: list[Any], kind: pa.DataType | None = None) -> pa.Array:
+    return pa.array(values).dictionary_encode().cast(pa.dictionary(kind or pa.int32(), pa.string()))
+
+
+DICTIONARIES: dict[str, Callable[[list[str]], pa.Array]] = {
+    "dictionary": as_dictionary,
+    "int8": lambda values: as_dictionary(values, pa.int8()),
+    "run_end": lambda values: pc.run_end_encode(pa.array(values)),
+    "lists": lambda values: pa.ListArray.from_arrays(
+        pa.array(range(len(values) + 1), pa.int32()), as_dictionary(values)
+    ),
+    "large": lambda values: pa.array(values, pa.large_string()).dictionary_encode(),
+}
+
+
+def written(columns: pa.Table, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(columns, path, row_group_size=1500)
+    else:
+        with pa.ipc.new_file(path, columns.schema) as writer:
+            writer.write_table(columns)
+    return path
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+@pytest.mark.parametrize("kind", list(DICTIONARIES))
+def test_dictionary_columns_are_read_like_texts(
+    kind: str, form: str, want: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    if (kind, form) == ("run_end", "parquet"):
+        pytest.skip("Parquet has no run-end encoding")
+    encode = DICTIONARIES[kind]
+    columns = {name: [row[name] for row in ROWS] for name in ("query", "document")}
+    query = encode(columns["query"]) if kind != "lists" else pa.array(columns["query"])
+    path = written(pa.table({"query": query, "document": encode(columns["document"])}), tmp_path / f"rows.{form}")
+    assert prepare([str(path)], tmp_path / "out", tokenizer=tokenizer_folder).fingerprint == want
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_missing_and_broken_values_of_a_dictionary_keep_their_reasons(
+    form: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    raw = pa.array([b"good", b"bad \xff"], pa.binary())
+    texts = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    query = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 0], pa.int32()), texts)
+    lists = pa.array([["x"], ["x"], ["x"], None], pa.list_(pa.dictionary(pa.int32(), pa.string())))
+    columns = pa.table({"query": query, "document": lists, "language": as_dictionary(["ko", "en", "ko", "en"])})
+    path = written(columns, tmp_path / f"rows.{form}")
+    summary = prepare([str(path)], tmp_path / "out", tokenizer=tokenizer_folder)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in rejected] == ["broken_utf8", "missing", "missing"]
+    assert summary.as_dict()["languages"] == {"ko": 1}
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("column", ["query", "document"])
+def test_a_part_does_not_carry_the_dictionary(form: str, column: str, tmp_path: Path) -> None:
+    dictionary = pa.array(["x" * 1000 + str(index) for index in range(20_000)])  # 20 MB
+    encoded = pa.DictionaryArray.from_arrays(pa.array(range(0, 20_000, 10), pa.int32()), dictionary)  # 2,000 rows
+    plain = pa.array([str(index) for index in range(len(encoded))])
+    path = written(pa.table({"query": plain, "document": plain} | {column: encoded}), tmp_path / f"rows.{form}")
+    parts = list(read_parts(path, Columns("query", "document"), Limits()))
+    assert sum(part.num_rows for part in parts) == len(encoded)
+    assert max(len(part.data) for part in parts) < 1.5e6 and len(parts) < 10
 
 
 def test_a_near_name_is_suggested(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -132,12 +132,17 @@ def _write_all(
     tasks = _tasks(sources, samples, work.limits, names)
     small = sum(source.num_bytes or _SMALL_BYTES for source in sources) < _SMALL_BYTES
     small = small if total is None else total < _SMALL_ROWS
+    begun: float | None = None
     with progress("prepare", total, "rows") as bar:
-        for prepared in in_order(tasks, work, 1 if small else num_proc):
+        for prepared, seconds in in_order(tasks, work, 1 if small else num_proc):
+            begun = begun or time.monotonic() - seconds  # so the start of processes and tokenizers is no work on rows
             keeper.take(names.popleft(), prepared)
             bar.advance(prepared.num_in)
+    rows_seconds = time.monotonic() - (begun or 0.0)
     shutil.rmtree(scratch)
-    return keeper.finish(out, sources, work, options.as_given())
+    summary = keeper.finish(out, sources, work, options.as_given())
+    summary.rows_seconds = rows_seconds
+    return summary
 
 
 def _contract(tokenizer: Tokenizer, **values: Any) -> TextContract:

@@ -28,7 +28,6 @@ THRESHOLDS = (128, 256, 512, 1024, 2048)
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 _BINS = 16
 _BAR = 40
-_RATE_FROM_S = 30.0
 
 
 @dataclass
@@ -116,10 +115,13 @@ class PrepareSummary:
     seconds: float
     """Wall-clock time; not part of the prepared folder, which is the same whenever and however it is made."""
 
+    rows_seconds: float = 0.0
+    """Of `seconds`, those between the first row and the last: without the start of processes and the report."""
+
     @property
-    def rows_per_s(self) -> float | None:
-        """None for work so short that starting the processes is most of it."""
-        return round(self.tally.num_in / self.seconds, 1) if self.seconds >= _RATE_FROM_S else None
+    def rows_per_s(self) -> float:
+        """Rows of the source in a second, once the work runs."""
+        return round(self.tally.num_in / max(self.rows_seconds, 1e-9), 1)
 
     def as_dict(self) -> dict[str, Any]:
         """One JSON document."""
@@ -195,7 +197,7 @@ def print_summary(summary: PrepareSummary, max_seq_length: int, out: Console) ->
     for side in SIDES:
         out.print(f"\n{side} length, tokens", style="bold")
         _print_histogram(bins_of(counted["histogram"][side]), max_seq_length, out)
-    rate = "" if summary.rows_per_s is None else f", {summary.rows_per_s:,.0f} rows/s"
+    rate = f", {summary.rows_per_s:,.0f} rows/s once started"
     out.print(f"\n{summary.out}: {tally.num_kept:,} pairs in {summary.seconds:.1f} s{rate}")
     out.print(f"fingerprint {summary.fingerprint[:16]}; pictures in report.html, rejected rows in rejected.jsonl")
 

@@ -23,14 +23,15 @@ from anchor_cli.data.prepare.rows import RowMaker
 from anchor_cli.data.prepare.work import Prepared, Task, Work
 
 
-def in_order(tasks: Iterator[Task], work: Work, num_proc: int) -> Iterator[Prepared]:
-    """`RowMaker` over the tasks, in this process or in `num_proc` others; at most a few parts are on their way."""
+def in_order(tasks: Iterator[Task], work: Work, num_proc: int) -> Iterator[tuple[Prepared, float]]:
+    """(`RowMaker` of a task, its seconds), in this process or in `num_proc` others; a few parts are on their way."""
     if num_proc <= 1:
         with _one_thread_each():
-            yield from map(RowMaker(work), tasks)
+            make = RowMaker(work)
+            yield from (_timed(make, task) for task in tasks)
         return
     pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (work, os.getpid()))
-    underway: deque[Future[Prepared]] = deque()
+    underway: deque[Future[tuple[Prepared, float]]] = deque()
     try:
         with _one_thread_each():
             for task in tasks:
@@ -59,6 +60,11 @@ def _one_thread_each() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def _timed(make: Callable[[Task], Prepared], task: Task) -> tuple[Prepared, float]:
+    started = time.monotonic()
+    return make(task), time.monotonic() - started
+
+
 _maker: Callable[[Task], Prepared]
 
 
@@ -77,5 +83,5 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _do(task: Task) -> Prepared:
-    return _maker(task)
+def _do(task: Task) -> tuple[Prepared, float]:
+    return _timed(_maker, task)

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.sources.csv_rows import csv_rows
-from anchor_cli.data.sources.file_bytes import COMPRESSED, LONGEST_LINE, format_of, opened
+from anchor_cli.data.sources.file_bytes import LONGEST_LINE, format_of, opened
+from anchor_cli.data.sources.tables import open_table, without_dictionary
 
 _BLOCK_BYTES = 1 << 20
 _PART_ROWS = 1024
@@ -108,7 +106,7 @@ def column_names(path: Path) -> list[str]:
     """Names of a file's columns: its schema, its header, or the keys of its first objects."""
     kind = format_of(path)
     if kind in ("parquet", "arrow"):
-        with _arrow_reader(path) as (schema, _):
+        with open_table(path) as (schema, _):
             return list(schema.names)
     if kind in ("csv", "tsv"):
         with opened(path) as file:
@@ -131,7 +129,7 @@ def read_parts(path: Path, columns: Columns, limits: Limits) -> Iterator[Part]:
         with opened(path) as file:
             yield from row_parts(_csv_pairs(csv_rows(file, path, limits.quoted_characters), columns), limits)
     else:
-        with _arrow_reader(path, columns) as (_, batches):
+        with open_table(path, columns.names) as (_, batches):
             yield from table_parts(batches, columns)
 
 
@@ -150,19 +148,22 @@ def row_parts(rows: Iterable[RawPair], limits: Limits) -> Iterator[Part]:
 
 
 def table_parts(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterator[Part]:
-    """Record batches cut into streams of at most 1,024 rows and about a megabyte."""
+    """Record batches cut into streams of at most 1,024 rows and about a megabyte, each with its own texts only."""
     first = 0
     for batch in batches:
         batch = batch.select(columns.names)
-        per_row = max(batch.nbytes // max(batch.num_rows, 1), 1)
-        step = min(max(_PART_CHARACTERS // per_row, 1), _PART_ROWS)
-        for begin in range(0, batch.num_rows, step):
-            piece = batch.slice(begin, step)
-            sink = io.BytesIO()
-            with pa.ipc.new_stream(sink, piece.schema) as stream:
-                stream.write_batch(piece)
-            yield Part("table", sink.getvalue(), first, piece.num_rows)
-            first += piece.num_rows
+        for begin in range(0, batch.num_rows, _PART_ROWS):
+            rows = batch.slice(begin, _PART_ROWS)
+            texts = [without_dictionary(column) for column in rows.columns]
+            rows = pa.RecordBatch.from_arrays(texts, names=rows.schema.names)
+            step = max(_PART_CHARACTERS * rows.num_rows // max(rows.nbytes, 1), 1)
+            for at in range(0, rows.num_rows, step):
+                piece = rows.slice(at, step)
+                sink = io.BytesIO()
+                with pa.ipc.new_stream(sink, piece.schema) as stream:
+                    stream.write_batch(piece)
+                yield Part("table", sink.getvalue(), first, piece.num_rows)
+                first += piece.num_rows
 
 
 def _bounded(value: Any, limits: Limits) -> Any:
@@ -271,26 +272,3 @@ def _lines(file: IO[bytes]) -> Iterator[Any]:
             yield json.loads(line.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
             yield None
-
-
-@contextmanager
-def _arrow_reader(path: Path, columns: Columns | None = None) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """(schema, record batches) of a Parquet, Arrow stream or Arrow file; a compressed one goes through a spool file."""
-    with opened(path) as file, tempfile.TemporaryFile() as spool:
-        if path.suffix.lower() in COMPRESSED:
-            while block := file.read(_BLOCK_BYTES):
-                spool.write(block)
-            spool.seek(0)
-            file = spool
-        if format_of(path) == "parquet":
-            parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else it holds a whole row group
-            names = None if columns is None else columns.names
-            yield parquet.schema_arrow, parquet.iter_batches(_PART_ROWS, columns=names, use_threads=False)
-            return
-        if file.read(6) == b"ARROW1":
-            reader = pa.ipc.open_file(file)
-            yield reader.schema, (reader.get_batch(index) for index in range(reader.num_record_batches))
-            return
-        file.seek(0)
-        stream = pa.ipc.open_stream(file)
-        yield stream.schema, iter(stream)
