@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.zero import StateOptions, state_bytes
 
-LOGIT_CHUNK_BYTES = 1024 * 2**20  # fp32 logits of a chunk on CUDA: model/output_layer.py CHUNK_BYTES_CUDA
+LOGIT_CHUNK_BYTES = 1024 * 2**20  # fp32 logits of a chunk, plain form on CUDA: model/output_layer.py CHUNK_BYTES_CUDA
+FUSED_CHUNK = 4096  # targets of a chunk, fused form: model/output_layer.py FUSED_CHUNK
 USABLE_SHARE = 0.90  # assumption: of a card's memory, after allocator slack
 CONTEXT_BYTES = 1.5e9  # assumption: CUDA context, NCCL buffers, cuBLAS workspaces
 TOKENS_STEP = 1024  # budgets are multiples of this
@@ -29,8 +30,9 @@ CPU_TOKENS = 8192  # budget of a CPU process
 class LayerOptions:
     """What decides the memory of activations.
 
-    `kernel`: `flash` (grouped heads) or `sdpa` (one call a text). Liger's norms of queries and keys are not counted on:
-    it fuses them in an existing Qwen3 from 0.8.5 on only (https://github.com/linkedin/Liger-Kernel/pull/1470).
+    `kernel`: `flash` (grouped heads), `repeated` (a flash kernel that takes keys and values of all heads) or `sdpa`
+    (one call a text). Liger's norms of queries and keys are not counted on: it fuses them in an existing Qwen3 from
+    0.8.5 on only (https://github.com/linkedin/Liger-Kernel/pull/1470).
     """
 
     checkpointing: bool = False
@@ -64,8 +66,10 @@ def layer_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> fl
     norms = 2 * ((2 * b if layers.liger else 4 + 2 * b) * h + 4)
     qk_norms = ((4 + b) * (q + kv) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
     attention = b * (q + 2 * kv + q)  # rotated q and k, v, output
-    if layers.kernel == "sdpa":
-        attention = b * 5 * q  # k and v repeated to all heads; the texts' outputs and their concatenation
+    if layers.kernel == "repeated":
+        attention = b * 4 * q  # k and v repeated to all heads
+    elif layers.kernel == "sdpa":
+        attention = b * 5 * q  # the same; the texts' outputs and their concatenation
     mlp = (3 if layers.liger else 4) * b * f  # gate, up, product; eager also keeps silu(gate)
     return norms + qk_norms + attention + 4 * shape.num_heads + mlp
 
@@ -79,15 +83,23 @@ def activation_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) 
 
 def working_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
     """Bytes a backward step holds besides: gradients inside one layer, and that layer again when it is recomputed."""
-    gradients = 4 * b * (shape.intermediate_size + shape.hidden_size)  # assumption: the MLP's are the worst moment
+    gradients = 2 * b * (shape.intermediate_size + shape.hidden_size)  # the MLP's; counted: tests/test_memory_model.py
     return gradients + (layer_bytes_per_token(shape, b, layers) if layers.checkpointing else 0)
 
 
-def output_layer_bytes(shape: ModelShape, b: int, chunk_bytes: int = LOGIT_CHUNK_BYTES) -> float:
-    """One chunk's logits in b and fp32, the fp32 gradient of the output matrix, its product before it is added."""
-    per_logit = 4 if b == 4 else 4 + b
-    table = shape.embedding_parameters * (4 if b == 4 else 4 + b)
-    return chunk_bytes / 4 * per_logit + table
+def output_layer_bytes(
+    shape: ModelShape, b: int, tokens: int, chunk_bytes: int = LOGIT_CHUNK_BYTES, fused: bool | None = None
+) -> float:
+    """Logits of one chunk, the fp32 gradient of the output matrix, and that gradient's product or copy in b.
+
+    Plain form: logits in fp32 and, while they are made and while they are used, in b. Fused form: one buffer in b.
+    `fused` None: the form of model/output_layer.py that needs more. A micro-batch has about as many targets as tokens.
+    """
+    in_b = 0 if b == 4 else b
+    plain = min(chunk_bytes / 4, tokens * shape.vocab_size) * (4 + in_b)
+    in_place = min(FUSED_CHUNK, tokens) * shape.vocab_size * b
+    chunk = max(plain, in_place) if fused is None else in_place if fused else plain
+    return chunk + shape.embedding_parameters * (4 + in_b)
 
 
 def training_memory(
@@ -97,6 +109,7 @@ def training_memory(
     tokens: int,
     *,
     chunk_bytes: int = LOGIT_CHUNK_BYTES,
+    fused: bool | None = None,
     context: float = CONTEXT_BYTES,
 ) -> Memory:
     """Peak memory of one rank for micro-batches of `tokens` tokens.
@@ -109,7 +122,7 @@ def training_memory(
     kept = activation_bytes_per_token(shape, b, layers)
     work = tokens * working_bytes_per_token(shape, b, layers)
     work += 2 * b * shape.embedding_parameters  # its gradient so far and the next look-up's
-    logits = output_layer_bytes(shape, b, chunk_bytes)
+    logits = output_layer_bytes(shape, b, tokens, chunk_bytes, fused)
     return Memory(weights, gradients, optimizer, buckets, 2 * tokens * kept, max(0.0, work - logits), logits, context)
 
 

@@ -4,7 +4,10 @@ Legend: P parameters, N ranks, g = 2 (or 4: fp32 accumulation), b bytes of the c
 ZeRO is arXiv 1910.02054, section 3; the code is DeepSpeed 0.19's `stage_1_and_2.py`.
 
     weights b P (all ranks; stage 3: / N) · gradients g P / N from stage 2, g P below
-    Adam 8 P / N and, for bfloat16, an fp32 copy of the weights 4 P / N · reduction buckets 2 x bucket x b (overlap)
+    Adam 8 P / N and, for bfloat16, an fp32 copy of the weights 4 P / N
+    reduction, on one GPU too: a bucket, two where reducing overlaps the backward pass, of the gradients' type (stage 1:
+    of the accumulator's); while one is reduced, a flat copy of it, and another in the type that is communicated. A
+    gradient larger than the bucket, as of a large embedding table, is reduced by itself.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class StateOptions:
     world_size: int = 1
     bucket: int = 500_000_000
     offload_optimizer: bool = False
+    overlap: bool = False
 
 
 def state_options(spec: RunSpec, ds_config: dict[str, Any], world_size: int) -> StateOptions:
@@ -45,6 +49,7 @@ def state_options(spec: RunSpec, ds_config: dict[str, Any], world_size: int) -> 
         world_size=world_size,
         bucket=bucket if isinstance(bucket, int) else _DEFAULT_BUCKET,
         offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        overlap=bool(zero.get("overlap_comm", zero.get("stage") == 3)),  # DeepSpeed's default
     )
 
 
@@ -54,8 +59,11 @@ def state_bytes(shape: ModelShape, options: StateOptions) -> tuple[float, float,
     weights = options.bytes_per_value * (share if options.zero_stage >= 3 else parameters)
     gradients = options.gradient_bytes * (share if options.zero_stage >= 2 else parameters)
     optimizer = (8 if options.bytes_per_value == 4 else 12) * (share if options.zero_stage >= 1 else parameters)
-    buckets = 2 * min(options.bucket, parameters) * options.communication_bytes if options.world_size > 1 else 0
-    return weights, gradients, 0 if options.offload_optimizer else optimizer, buckets
+    kept_as = options.gradient_bytes if options.zero_stage == 1 else options.bytes_per_value
+    buffers = options.bucket * kept_as * (2 if options.overlap else 1)
+    largest = max(min(options.bucket, parameters), shape.embedding_parameters)
+    buffers += largest * (kept_as + (options.communication_bytes if options.communication_bytes != kept_as else 0))
+    return weights, gradients, 0 if options.offload_optimizer else optimizer, buffers
 
 
 def communication_bytes(shape: ModelShape, options: StateOptions, micro_batches: int) -> float:
