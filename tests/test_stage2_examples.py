@@ -165,3 +165,107 @@ def test_stage_two_settings_are_read_or_refused(exported: Path, tmp_path: Path) 
     path.write_text(json.dumps(settings | {"learning_rte": 1, "weights": "all"}))
     with pytest.raises(SystemExit, match="nothing here reads learning_rte, weights"):
         trainer.settings_of(tmp_path)
+
+
+# -- rows as people have them, and what is refused ---------------------------------------------------------------------
+
+
+def test_rows_come_from_files_of_every_kind_and_from_mined_folders(rows: Path, tmp_path: Path) -> None:
+    from datasets import Dataset, load_dataset
+
+    trainer = script("train_sentence_transformers")
+    data = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(tmp_path / "cache"))
+    data.to_csv(tmp_path / "pairs.csv")
+    data.to_parquet(tmp_path / "pairs.parquet")
+    names = ["anchor", "positive", "negative", "language"]
+    for path in (rows, tmp_path / "pairs.csv", tmp_path / "pairs.parquet"):
+        got = trainer.load_rows(path, 4)
+        assert got.column_names == names and got[0] == dict(zip(names, ROWS[0], strict=True))
+    mined = {
+        "anchor": ["q1", "q2", "q3"], "positive": ["p1", "p2", "p3"], "negatives": [["a", "b", "c"], ["d"], []],
+        "positive_score": [0.9, 0.8, 0.7], "negative_scores": [[0.5, 0.4, 0.3], [0.2], []],
+    }  # fmt: skip
+    Dataset.from_dict(mined).save_to_disk(tmp_path / "mined")
+    got = trainer.load_rows(tmp_path / "mined", 2)
+    assert got.to_dict() == {
+        "anchor": ["q1", "q2"], "positive": ["p1", "p2"], "negative_1": ["a", "d"], "negative_2": ["b", "d"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("pairs.txt", "a\tb\n", "expected .jsonl, .json, .csv, .parquet"),
+        ("pairs.jsonl", "not json\n", "could not be read"),
+        ("pairs.csv", "query,document\nq,d\n", "no column anchor, positive; it has query, document"),
+        ("pairs.json", None, "not found"),
+    ],
+)
+def test_data_that_cannot_be_read_end_in_words(name: str, content: str | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=says):
+        script("train_sentence_transformers").load_rows(tmp_path / name, 4)
+
+
+def test_a_raw_checkpoint_is_no_start(small_model: Path, rows: Path, tmp_path: Path) -> None:
+    """It has no prompts, and its tokenizer closes no text: training would go on, on other texts."""
+    import shutil
+
+    from export_fixtures import make_checkpoint, make_contract
+
+    checkpoint = make_checkpoint(tmp_path, 1, small_model, make_contract(small_model))
+    for name in ("train_sentence_transformers", "train_plain_pytorch"):
+        with pytest.raises(SystemExit, match=r"checkpoint-1: not an export of anchor.*anchor export .*checkpoint-1"):
+            script(name).main([str(checkpoint), str(rows), "--out", str(tmp_path / "out")])
+    shutil.rmtree(checkpoint)
+    with pytest.raises(SystemExit, match="not found"):
+        script("train_sentence_transformers").main([str(checkpoint), str(rows), "--out", str(tmp_path / "out")])
+
+
+def test_fewer_steps_than_logging_steps_and_an_evaluation(
+    exported: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, the guide is the export itself, as stage_II.json asks; nDCG@10 as evaluate() has it."""
+    import shutil
+
+    from anchor_cli.data.benchmarks.beir import read_beir
+    from anchor_cli.evaluate.embedder import load_embedder
+    from anchor_cli.evaluate.evaluate import evaluate
+
+    start, beir = tmp_path / "export", tmp_path / "beir"
+    shutil.copytree(exported, start)
+    settings = json.loads((start / "stage_II.json").read_text())
+    settings |= {"loss": "CachedGISTEmbedLoss", "logging_first_step": False}
+    (start / "stage_II.json").write_text(json.dumps(settings))
+    (beir / "qrels").mkdir(parents=True)
+    ids = [str(number) for number in range(len(ROWS))]
+    for file, column in (("queries", 0), ("corpus", 1)):
+        lines = [json.dumps({"_id": i, "text": row[column], "title": ""}) for i, row in zip(ids, ROWS, strict=True)]
+        (beir / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{i}\t{i}\t1\n" for i in ids))
+    out = tmp_path / "out"
+    metrics = script("train_sentence_transformers").main(
+        [str(start), str(rows), "--out", str(out), "--steps", "2", "--batch-size", "2", "--eval", f"en:{beir}"]
+    )
+    assert "first_loss" not in metrics or metrics["first_loss"] > 0
+    (got,) = (value for name, value in metrics.items() if name.endswith("cosine_ndcg@10"))
+    assert 0 < got <= 1
+    want = evaluate(load_embedder(out, device="cpu"), [read_beir(beir, language="en")])["avg"]["ndcg@10"]
+    assert got == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_folder(exported: Path, rows: Path, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(EXAMPLES / "train_sentence_transformers.py"), str(exported), str(rows), "--out", str(out)]
+    command += ["--steps", "2", "--batch-size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("trained 2 steps") == 1
+    assert (out / "anchor.json").is_file() and (out / "model.safetensors").is_file()

@@ -203,10 +203,7 @@ def _shrink(config: Any, narrow: bool) -> None:
             smaller["hidden_size"] = min(hidden, _WIDTH)
     for name, number in smaller.items():
         if hasattr(config, name):
-            try:
-                setattr(config, name, number)
-            except Exception:  # a field that must be a number
-                setattr(config, name, 0)
+            setattr(config, name, number)
 
 
 def _int(config: Any, name: str) -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ class Texts:
     """Texts to right-padded token ids, as the text contract says."""
 
     def __init__(self, export: Path) -> None:
+        if not (export / "modules.json").is_file():  # a checkpoint's tokenizer closes no text
+            raise SystemExit(f"{export}: not an export of anchor; make one: anchor export {export} --stage2")
         self.contract: dict[str, Any] = json.loads((export / "anchor.json").read_text(encoding="utf-8"))
         self.tokenizer = AutoTokenizer.from_pretrained(export)
         self.eos: int = self.contract["eos_token_id"]
@@ -85,6 +88,17 @@ def same_texts(documents: list[str], num_queries: int) -> torch.Tensor:
     return equal & ~torch.eye(num_queries, len(documents), dtype=torch.bool)
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a .jsonl file; blank lines do not count."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not rows or not {"anchor", "positive"} <= set(rows[0]):
+            raise ValueError("no rows with anchor and positive")
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"{path}: expected a .jsonl file of objects with anchor and positive ({error})") from error
+    return rows
+
+
 def batches(rows: list[Row], size: int, seed: int) -> Iterator[list[Row]]:
     """Batches without end, shuffled anew every pass; a last incomplete one is dropped."""
     generator = random.Random(seed)
@@ -109,9 +123,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
     args = parser.parse_args(arguments)
     if args.out.exists():
         parser.error(f"{args.out}: exists already")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("one process only; several GPUs: train_sentence_transformers.py under torchrun")
 
-    with open(args.data, encoding="utf-8") as file:
-        rows: list[Row] = [json.loads(line) for line in file]
+    rows = read_rows(args.data)
     args.batch_size = min(args.batch_size, len(rows))
     negatives = sorted(name for name in rows[0] if name.startswith("negative"))
     texts = Texts(args.export)

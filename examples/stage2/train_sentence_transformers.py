@@ -1,10 +1,12 @@
 """Stage II, contrastive training, from an `anchor export --stage2` folder with sentence-transformers' own trainer.
 
     pip install -c constraints.txt '.[sentence-transformers]'      # in the repository
-    python examples/stage2/train_sentence_transformers.py EXPORT pairs.jsonl --out stage2
+    python examples/stage2/train_sentence_transformers.py EXPORT pairs.jsonl --out stage2 --eval ko:beir/my-set
+    torchrun --nproc-per-node 2 examples/stage2/train_sentence_transformers.py EXPORT pairs.jsonl --out stage2
 
-DATA is a .jsonl file or a `save_to_disk` folder with the columns `anchor` and `positive`. Columns whose names begin
-with `negative` are hard negatives; a `language` column chooses each row's instruction.
+DATA is a .jsonl, .json, .csv or .parquet file or a `save_to_disk` folder (`anchor mine` writes one) with the columns
+`anchor` and `positive`. Columns whose names begin with `negative` are hard negatives, also a list column `negatives`;
+a `language` column chooses each row's instruction.
 The prompts (template, instruction), the closing [EOS] and the pooling come with the export, the settings with its
 stage_II.json: batch size, learning rate, schedule, temperature, whatever else the trainer's arguments are named.
 """
@@ -25,17 +27,55 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, MultipleNegativesRankingLoss
 
+LOSSES = ("MultipleNegativesRankingLoss", "CachedGISTEmbedLoss")
 
-def load_rows(path: Path) -> Dataset:
+
+def load_rows(path: Path, num_negatives: int) -> Dataset:
     """All rows of DATA with the columns that the loss reads, in the loss's order: anchor, positive, negatives."""
-    rows = load_from_disk(str(path)) if path.is_dir() else load_dataset("json", data_files=str(path), split="train")
+    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if not path.exists():
+        raise SystemExit(f"{path}: not found")
+    if path.is_file() and path.suffix not in readers:
+        raise SystemExit(f"{path}: expected {', '.join(readers)} or a save_to_disk folder")
+    try:
+        if path.is_dir():
+            rows = load_from_disk(str(path))
+        else:
+            rows = load_dataset(readers[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # the libraries raise their own kinds
+        raise SystemExit(f"{path}: could not be read: {str(error).splitlines()[0]}") from error
     if missing := {"anchor", "positive"} - set(rows.column_names):
         raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}")
-    negatives = sorted(name for name in rows.column_names if name.startswith("negative"))
+    if "negatives" in rows.column_names:
+        rows = spread_negatives(rows, num_negatives)
+    is_text = {name for name in rows.column_names if _is_text(rows, name)}
+    negatives = sorted(name for name in rows.column_names if name.startswith("negative") and name in is_text)
     language = ["language"] if "language" in rows.column_names else []
     return rows.select_columns(["anchor", "positive", *negatives, *language])
+
+
+def _is_text(rows: Dataset, name: str) -> bool:
+    return getattr(rows.features[name], "dtype", None) in ("string", "large_string")
+
+
+def spread_negatives(rows: Dataset, num_negatives: int) -> Dataset:
+    """The list column `negatives` as columns negative_1 … negative_K: the best first, of few the first again.
+
+    The loss needs as many of every row, so rows without any are left out.
+    """
+    some = rows.filter(lambda row: len(row["negatives"] or []) > 0)
+    if len(some) < len(rows):
+        print(f"{len(rows) - len(some)} of {len(rows)} rows have no negatives and are left out")
+    most = min(num_negatives, max(len(row) for row in some["negatives"])) if len(some) else 0
+
+    def columns(row: dict[str, Any]) -> dict[str, str]:
+        given = row["negatives"]
+        return {f"negative_{place + 1}": given[place % len(given)] for place in range(most)}
+
+    return some.map(columns, remove_columns=["negatives"])
 
 
 def by_language(rows: Dataset) -> DatasetDict:
@@ -63,15 +103,64 @@ def prompts_of(model: SentenceTransformer, data: DatasetDict) -> dict[str, dict[
     }
 
 
-def make_loss(model: SentenceTransformer, guide: str | None, temperature: float, mini_batch_size: int) -> Any:
+def make_loss(
+    model: SentenceTransformer, name: str, guide: str | None, start: Path, temperature: float, mini_batch_size: int
+) -> Any:
     """In-batch negatives; with a guide model, those that the guide finds nearer than the positive are left out.
 
-    The guide is given the student's texts decoded: the template's words and the instruction are part of them.
+    Without `guide` the guide is the export itself, as it is before training. It is given the student's texts decoded:
+    the template's words and the instruction are part of them.
     """
-    if guide is None:
+    if name == "MultipleNegativesRankingLoss":
         return MultipleNegativesRankingLoss(model, scale=1 / temperature)
-    judge = SentenceTransformer(guide, device=str(model.device))
+    judge = SentenceTransformer(guide, device=str(model.device)) if guide else load_export(start)
     return CachedGISTEmbedLoss(model, judge, temperature=temperature, mini_batch_size=mini_batch_size)
+
+
+def load_export(folder: Path) -> SentenceTransformer:
+    """The export with fp32 weights: at bf16's eight bits an update of 2e-5 rounds to nothing. `bf16` is autocast."""
+    if not (folder / "modules.json").is_file() or not (folder / "anchor.json").is_file():
+        hint = f"make one: anchor export {folder} --stage2" if (folder / "config.json").is_file() else "not found"
+        raise SystemExit(f"{folder}: not an export of anchor (no modules.json with prompts, pooling and [EOS]); {hint}")
+    return SentenceTransformer(
+        str(folder),
+        model_kwargs={"dtype": torch.float32},
+        trust_remote_code=(folder / "anchor_pooling.py").is_file(),  # the file anchor wrote: pooling of content
+    )
+
+
+def make_evaluator(places: list[str], model: SentenceTransformer) -> SequentialEvaluator | None:
+    """nDCG@10 and the like on BEIR folders (corpus.jsonl, queries.jsonl, qrels/test.tsv), each [LANG:]DIR."""
+    evaluators: list[Any] = []
+    for place in places:
+        language, _, folder = place.rpartition(":")
+        path = Path(folder)
+        try:
+            corpus = {row["_id"]: row for row in read_jsonl(path / "corpus.jsonl")}
+            queries = {row["_id"]: row["text"] for row in read_jsonl(path / "queries.jsonl")}
+            lines = (path / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        except (OSError, KeyError, ValueError) as error:
+            raise SystemExit(f"--eval {place}: not a BEIR folder ({error})") from error
+        relevant: dict[str, set[str]] = {}
+        for query, document, grade in (line.split("\t") for line in lines if line.strip()):
+            if int(grade) > 0:
+                relevant.setdefault(query, set()).add(document)
+        evaluators.append(
+            InformationRetrievalEvaluator(
+                {key: text for key, text in queries.items() if key in relevant},
+                {key: f"{row.get('title') or ''} {row['text']}".strip() for key, row in corpus.items()},
+                relevant,
+                name=path.name,
+                query_prompt=model.prompts.get(f"query_{language}", model.prompts["query"]),
+                corpus_prompt=model.prompts["document"],
+                write_csv=False,
+            )
+        )
+    return SequentialEvaluator(evaluators) if evaluators else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def settings_of(export: Path) -> dict[str, Any]:
@@ -90,7 +179,7 @@ def settings_of(export: Path) -> dict[str, Any]:
     if unknown:
         raise SystemExit(f"{path}: nothing here reads {', '.join(unknown)}")
     if not torch.cuda.is_available():
-        settings["bf16"] = False
+        settings |= {"bf16": False, "use_cpu": True}  # without use_cpu the ranks of torchrun would train apart
     return settings
 
 
@@ -106,14 +195,19 @@ def keep_contract(export: Path, out: Path) -> None:
         (out / "anchor.json").write_text(json.dumps(contract | {"dtype": "float32"}, ensure_ascii=False, indent=2))
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train and save; returns the trainer's metrics."""
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options, and the trainer's settings: the export's stage_II.json with the options instead of its values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path, help="folder written by anchor export --stage2")
-    parser.add_argument("data", type=Path, help=".jsonl file or save_to_disk folder: anchor, positive, negative…")
+    parser.add_argument("data", type=Path, help="file or save_to_disk folder: anchor, positive, negative…")
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--guide", help="embedding model for CachedGISTEmbedLoss; without it: in-batch negatives")
+    parser.add_argument("--guide", help="embedding model for CachedGISTEmbedLoss; default there: the export itself")
+    parser.add_argument("--loss", choices=LOSSES, help="default: stage_II.json's, or by --guide")
     parser.add_argument("--mini-batch-size", type=int, default=16, help="pairs held at once by CachedGISTEmbedLoss")
+    parser.add_argument("--num-negatives", type=int, default=4, help="of a list column `negatives`, at most so many")
+    parser.add_argument(
+        "--eval", action="append", default=[], metavar="[LANG:]DIR", help="BEIR folder; may be repeated"
+    )
     own = parser.add_argument_group("instead of the value in the export's stage_II.json")
     own.add_argument("--steps", type=int, dest="max_steps", help="optimizer steps, whatever the number of epochs")
     own.add_argument("--epochs", type=float, dest="num_train_epochs")
@@ -121,45 +215,47 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     own.add_argument("--learning-rate", type=float)
     own.add_argument("--temperature", type=float, help="divides cosines; 0.05 is a scale of 20")
     own.add_argument("--seed", type=int)
+    own.add_argument("--report-to", help="wandb, tensorboard, … or none")
     args = parser.parse_args(arguments)
-
-    settings = {"temperature": 0.05, "batch_sampler": "no_duplicates"} | settings_of(args.export)
+    settings = {"temperature": 0.05, "batch_sampler": "no_duplicates", "report_to": "none"} | settings_of(args.export)
     names = [action.dest for action in own._group_actions]
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    # Weights in fp32: at bf16's eight bits an update of 2e-5 rounds to nothing. `bf16` is autocast, for GPUs.
-    model = SentenceTransformer(
-        str(args.export),
-        model_kwargs={"dtype": torch.float32},
-        trust_remote_code=(args.export / "anchor_pooling.py").is_file(),  # the file anchor wrote: pooling of content
-    )
+    asked = settings.pop("loss", LOSSES[0])
+    args.loss = args.loss or (LOSSES[1] if args.guide else asked)
+    if args.loss not in LOSSES:
+        parser.error(f"stage_II.json: loss {args.loss} is none of {', '.join(LOSSES)}")
+    if args.eval:
+        settings = {"eval_strategy": "steps", "eval_steps": settings.get("save_steps", 500)} | settings
+    return args, settings
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train and save; returns the trainer's metrics. Under torchrun rank 0 alone writes the model."""
+    args, settings = parse(arguments)
+    model = load_export(args.export)
     model.max_seq_length = min(model.max_seq_length, settings.pop("max_seq_length", model.max_seq_length))
-    data = by_language(load_rows(args.data))
-    guide, temperature = args.guide, settings.pop("temperature")
-    asked = settings.pop("loss", "MultipleNegativesRankingLoss")
-    if asked not in ("MultipleNegativesRankingLoss", "CachedGISTEmbedLoss"):
-        parser.error(f"stage_II.json: loss {asked} is neither MultipleNegativesRankingLoss nor CachedGISTEmbedLoss")
-    if asked == "CachedGISTEmbedLoss" and guide is None:
-        parser.error("stage_II.json asks for CachedGISTEmbedLoss: name its --guide")
-    loss = make_loss(model, guide, temperature, args.mini_batch_size)
+    data = by_language(load_rows(args.data, args.num_negatives))
+    loss = make_loss(model, args.loss, args.guide, args.export, settings.pop("temperature"), args.mini_batch_size)
+    evaluator = make_evaluator(args.eval, model)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
-            output_dir=str(args.out / "checkpoints"),
-            prompts=prompts_of(model, data),
-            report_to="none",
-            **settings,
+            output_dir=str(args.out / "checkpoints"), prompts=prompts_of(model, data), **settings
         ),
         train_dataset=data,
         loss=loss,
+        evaluator=evaluator,
     )
     metrics: dict[str, float] = trainer.train().metrics
-    model.save_pretrained(str(args.out))
-    keep_contract(args.export, args.out)
-    print(f"{args.out}: trained {trainer.state.global_step} steps, mean loss {metrics['train_loss']:.4f}")
-    return metrics | {
-        "first_loss": trainer.state.log_history[0]["loss"],
-        "last_loss": [line["loss"] for line in trainer.state.log_history if "loss" in line][-1],
-    }
+    if trainer.is_world_process_zero():
+        if evaluator is not None:
+            metrics |= {name: float(value) for name, value in evaluator(model).items() if name.endswith("ndcg@10")}
+        model.save_pretrained(str(args.out))
+        keep_contract(args.export, args.out)
+        print(f"{args.out}: trained {trainer.state.global_step} steps, mean loss {metrics['train_loss']:.4f}")
+    trainer.accelerator.wait_for_everyone()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]  # none before logging_steps
+    return metrics | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
 
 
 if __name__ == "__main__":
