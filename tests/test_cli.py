@@ -11,6 +11,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -118,12 +119,36 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("argument", "want"),
+    [
+        ("~/a b", "/home/otter/a b"),
+        ("~", "/home/otter"),
+        ("--out=~/x", "--out=/home/otter/x"),
+        ("ko:~/beir", "ko:/home/otter/beir"),
+        ("--data=en:~/beir", "--data=en:/home/otter/beir"),
+        ("a/~/b", "a/~/b"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+        ("--set", "--set"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_argument(
+    argument: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/otter")
+    taken: list[list[str]] = []
+    monkeypatch.setattr(typer.main, "get_command", lambda _: SimpleNamespace(main=lambda args, **_: taken.append(args)))
+    cli.run(["prepare", argument])
+    assert taken == [["prepare", want]]
+
+
 def test_init_writes_a_spec_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     assert cli.run(["init", str(path), "--data", "쌍.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"spec": str(path)}
     schema = json.loads(path.read_text(encoding="utf-8"))["$schema"]
-    assert Path(schema.removeprefix("file://")).read_bytes() == (REPOSITORY / "docs/spec.schema.json").read_bytes()
+    assert schema.startswith("./")  # no path of this host
+    assert (tmp_path / schema).read_bytes() == (REPOSITORY / "docs/spec.schema.json").read_bytes()
     assert cli.run(["spec", str(path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["spec"]["dataset_file_path"] == "쌍.jsonl"
@@ -131,6 +156,35 @@ def test_init_writes_a_spec_that_is_whole(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(["init", str(path), "--data", "x"]) == 2
     assert capsys.readouterr().err.startswith(f"anchor: {path}: exists already\n")
     assert cli.run(["init", str(path), "--data", "x", "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "want"),
+    [
+        ([], [], "float32"),
+        ([("NVIDIA H100 NVL", 94.0)], [], "bfloat16"),
+        ([], ["--precision", "bfloat16"], "bfloat16"),
+        ([("NVIDIA H100 NVL", 94.0)], ["--precision", "float32"], "float32"),
+    ],
+)
+def test_init_looks_at_the_host(
+    gpus: list[Any],
+    options: list[str],
+    want: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("anchor_cli.processes.gpus.local_gpus", lambda: gpus)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["init", "run.json", "--data", "data/pairs", *options]) == 0
+    lines = capsys.readouterr().err
+    assert ("no GPU here: precision float32" in lines) == (not gpus and not options)
+    assert "data/pairs: not here yet; anchor prepare SOURCE… --spec run.json --out data/pairs makes it" in lines
+    assert str(tmp_path) not in Path("run.json").read_text()
+    assert cli.run(["spec", "run.json", "--json"]) == 0
+    spec = json.loads(capsys.readouterr().out)["spec"]
+    assert spec["precision"] == want and spec["deepspeed"] == ("zero2_bf16" if want == "bfloat16" else "zero2_fp32")
 
 
 def test_a_spec_is_not_judged_by_a_number_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

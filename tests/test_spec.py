@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.commands.cli import run
 from anchor_cli.spec import aliases as compat
 from anchor_cli.spec import docs as spec_docs
-from anchor_cli.spec.load import load_spec, read_spec
+from anchor_cli.spec.load import PATH_KEYS, load_spec, read_spec
 from anchor_cli.spec.spec import NOT_OF_THE_RESULT, OF_STAGE_II, RunSpec
 from anchor_cli.train.start import differences_that_matter
 
@@ -400,6 +401,23 @@ def test_stage_2_changes_neither_name_nor_resume_of_a_run_of_stage_1() -> None:
     assert second.fingerprint != RunSpec(**LEAST, stage="II").fingerprint != spec.fingerprint
     want = ['stage: "I" -> "II"', "temperature: 0.01 -> 0.05"]
     assert differences_that_matter(before, second.model_dump(), 32) == want
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/otter")
+    keys = {key for key in RunSpec.model_fields if re.search("path|dir|file", key)} | {"deepspeed", "eval_data"}
+    assert keys == set(PATH_KEYS)
+    given: dict[str, Any] = {key: f"~/{key}" for key in keys - {"guide_model_name_or_path"}}
+    given["eval_data"] = ["~/a", "ko:~/b", "nanobeir", "ko:c/~/d"]
+    want = {key: f"/home/otter/{key}" for key in given}
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(given))
+    overrides = ["dataset_file_path=~/set", "experiment_id=~x"]
+    spec = read_spec(path, overrides).spec
+    assert spec.eval_data == ["/home/otter/a", "ko:/home/otter/b", "nanobeir", "ko:c/~/d"]
+    assert (spec.dataset_file_path, spec.experiment_id) == ("/home/otter/set", "~x")
+    for key in ("model_name_or_path", "output_dir", "deepspeed"):
+        assert getattr(spec, key) == want[key]
 
 
 def test_the_global_batch_alone_is_enough() -> None:

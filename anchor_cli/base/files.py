@@ -18,7 +18,16 @@ from typing import Any
 from anchor_cli.base.errors import InputError, RunError
 
 _BLOCK_BYTES = 1 << 20
+_HOME = re.compile(r"(?P<before>(?:--[\w-]+=)?(?:[a-z]{2,3}:)?)(?P<path>~[^/]*(?:/.*)?)", re.DOTALL)
 _PARTIAL = re.compile(r"\.partial-(?:(?P<host>.+)-)?(?P<process>\d+)$")
+
+
+def home_expanded(text: str) -> str:
+    """`~/…` with the home folder in its place, also behind `--option=` and `LANG:`, where a shell leaves it."""
+    match = _HOME.fullmatch(text)
+    if match is None:
+        return text
+    return match["before"] + os.path.expanduser(match["path"])  # noqa: PTH111 - Path's raises for an unknown user
 
 
 def sha256_file(path: str | Path) -> str:

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from anchor_cli import __version__
 from anchor_cli.base.console import tolerate_encodings
 from anchor_cli.base.errors import AnchorError, first_line, nearest
+from anchor_cli.base.files import home_expanded
 
 COMMANDS = {
     "Start": {
@@ -142,6 +143,7 @@ def _anchor(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure is one or two plain lines on stderr."""
     tolerate_encodings()
+    arguments = [home_expanded(each) for each in (sys.argv[1:] if arguments is None else arguments)]
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="anchor", standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into an exit

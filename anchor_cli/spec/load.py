@@ -10,9 +10,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from anchor_cli.base.errors import InputError, nearest
+from anchor_cli.base.files import home_expanded
 from anchor_cli.spec import aliases as compat
 from anchor_cli.spec.docs import expected
 from anchor_cli.spec.spec import RunSpec, derived_defaults
+
+PATH_KEYS = (
+    "model_name_or_path",
+    "dataset_file_path",
+    "output_dir",
+    "deepspeed",
+    "eval_data",
+    "guide_model_name_or_path",
+)
+"""Keys that name files or folders; `~/` in them is the home folder."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,18 @@ def read_spec(path: str | Path, overrides: list[str]) -> SpecReading:
         ours |= layer
         sources |= {key: f"{source} ({spelled[key]})" if key in spelled else source for key in layer}
         ignored += layer_ignored
+    ours |= {key: _with_home(ours[key]) for key in PATH_KEYS if key in ours}
     sources |= dict.fromkeys(derived_defaults(ours), "derived")
     try:
         return SpecReading(RunSpec.model_validate(ours), sources, ignored)
     except ValidationError as error:
         raise _input_error(error, str(path), ours, sources) from None
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_home(each) for each in value]
+    return home_expanded(value) if isinstance(value, str) else value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
