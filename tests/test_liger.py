@@ -42,6 +42,7 @@ def norm(monkeypatch: pytest.MonkeyPatch) -> type[Norm]:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(liger, "liger_fits", lambda _: True)
+    monkeypatch.setattr(liger, "decide_liger", liger.decide_liger.__wrapped__)  # the decision is kept for a process
     return kind
 
 
@@ -82,6 +83,7 @@ def test_a_kernel_that_does_not_run(
 
 def test_without_liger(small_model: Path) -> None:
     cuda = torch.device("cuda")
+    liger.decide_liger.cache_clear()
     if liger.liger_fits(small_model):
         pytest.skip("liger-kernel is installed")
     assert liger.decide_liger("auto", str(small_model), cuda) is False

@@ -211,6 +211,15 @@ def choose_kernel(wish: str, device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
+def memory_kind(kernel: str) -> str:
+    """How plan/memory.py counts a kernel: `sdpa`, `flash`, or `repeated` (keys and values of every query head)."""
+    if kernel.startswith("varlen"):
+        from torch.nn.attention import varlen
+
+        return "flash" if "enable_gqa" in _parameter_names(varlen.varlen_attn) else "repeated"
+    return "sdpa" if kernel == "sdpa" else "flash"
+
+
 def _can_route() -> bool:
     return hasattr(torch.nn.attention, "activate_flash_attention_impl")
 

@@ -6,6 +6,7 @@ and model have been loaded.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -37,8 +38,9 @@ def liger_problem(device: torch.device) -> str | None:
     return None if error <= ALLOWED_ERROR else f"its RMSNorm is off by {error:.1e}"
 
 
+@cache
 def decide_liger(choice: bool | Literal["auto"], model: str, device: torch.device) -> bool:
-    """Whether this run uses Liger: on CUDA, where it knows the model and its kernels run.
+    """Whether this run uses Liger: on CUDA, where it knows the model and its kernels run. Tried, and warned of, once.
 
     Raises:
         InputError: `liger: true`, and it cannot.

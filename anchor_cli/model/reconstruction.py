@@ -103,7 +103,8 @@ class ReconstructionModel(nn.Module):
         if self.logit_scale != 1.0:  # Granite, HyperCLOVA X, Cohere: logits are a multiple of hidden · Wᵀ
             hidden = hidden * self.logit_scale
         count = batch.num_query_targets
-        weights = torch.empty(len(hidden), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weights = torch.empty(len(hidden), dtype=precise, device=hidden.device)  # filled there: nothing is copied
         weights[:count], weights[count:] = d2q_scale, q2d_scale
-        loss, losses = self.output_layer(hidden, batch.target_ids, weights.to(hidden.device, non_blocking=True))
+        loss, losses = self.output_layer(hidden, batch.target_ids, weights)
         return MicroBatchLoss(loss, losses[:count].sum(), losses[count:].sum())

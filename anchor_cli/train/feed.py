@@ -51,6 +51,8 @@ class Feed:
 
     def step(self, step: int) -> StepBatches:
         """This rank's micro-batches of one step, in pinned host memory for CUDA."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread; pinning would else start CUDA on the first GPU, too
         pairs, plan = self._pairs, self._plan.step(step)
         rows = plan.rows
         queries = pairs.query_lengths[rows], pairs.query_content_starts[rows], pairs.query_inner_eos[rows]

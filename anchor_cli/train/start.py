@@ -18,8 +18,9 @@ from anchor_cli.base.runs import lock_run
 from anchor_cli.data.batches import BatchPlan, make_plan
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for, require_contract_of, training_pairs
-from anchor_cli.model.attention import choose_kernel
-from anchor_cli.model.backbone import apply_liger, compile_layers, liger_fits, load_backbone
+from anchor_cli.model.attention import choose_kernel, memory_kind
+from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone
+from anchor_cli.model.liger import decide_liger
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan.budget import Budget, choose_budget
 from anchor_cli.plan.inputs import shape_of
@@ -142,7 +143,7 @@ def build_run(
         max_seq_length=contract.max_seq_length,
         reconstructs=True,
     )
-    liger = ranks.device.type == "cuda" and apply_liger(language_model)
+    liger = decide_liger(spec.liger, spec.model_name_or_path, ranks.device) and apply_liger(language_model)
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=contract.pooling_mode)
     model.train()
     if spec.torch_compile:
@@ -175,8 +176,9 @@ def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict
     if ranks.cpu_group is not None:
         dist.all_reduce(free, op=dist.ReduceOp.MIN, group=ranks.cpu_group)
     shape, _ = shape_of(spec.model_name_or_path)
-    liger = liger_fits(spec.model_name_or_path)
-    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kernel, liger=liger)
+    liger = decide_liger(spec.liger, spec.model_name_or_path, ranks.device)
+    kind = memory_kind(kernel)
+    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, liger=liger)
 
 
 def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: Ranks, budget: Budget) -> BatchPlan:

@@ -46,6 +46,8 @@ class Throughput:
             names.TOKENS_PER_S: self._tokens / seconds,
             names.PEAK_MEMORY_GB: peak_memory_gb(self._run.ranks.device),
         }
+        if self._run.ranks.device.type == "cuda":
+            record[names.RESERVED_MEMORY_GB] = torch.cuda.max_memory_reserved(self._run.ranks.device) / 1e9
         if self._peak_flops:
             record[names.MFU] = self._flops / (seconds * self._peak_flops)
         self.restart()
