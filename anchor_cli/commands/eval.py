@@ -30,6 +30,13 @@ def eval(  # noqa: A001 - the command's name
             "may be repeated. By default nanobeir: the four sets of KURE.",
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_FILE",
+            help="A list of sets: nanobeir, nanobeir-full, kure (the eight of KURE's leaderboard), or a JSON file.",
+        ),
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +54,9 @@ def eval(  # noqa: A001 - the command's name
             "--ignore-identical-ids", help="Leave a document with the query's own id out, as BEIR and MTEB (ArguAna)."
         ),
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="With --suite: evaluate anew what was evaluated earlier.")
+    ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens encoded at once.")] = 16384,
     device: Device = None,
     details: Annotated[
@@ -54,15 +64,21 @@ def eval(  # noqa: A001 - the command's name
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure retrieval: nDCG@10 and MRR@10 on NanoBEIR (Korean and English) or any BEIR folder."""
+    """Measure retrieval: nDCG@10 and MRR@10 on NanoBEIR (Korean and English), suites of sets, or any BEIR folder.
+
+    With --suite the results of a model are kept, so that a second look costs nothing.
+    """
     if baseline not in (None, "bm25"):
         raise InputError(f"--baseline {baseline}: expected bm25")
+    from anchor_cli.data.benchmarks.benchmarks import SUITE
     from anchor_cli.evaluate.compare import document, show
     from anchor_cli.evaluate.files import worst_lines, worst_queries, write_files
     from anchor_cli.evaluate.models import evaluate_models, resolve_models
 
     metrics = metric or ["ndcg@10", "mrr@10"]
     models = resolve_models(checkpoints or [], default=baseline is None)
+    if suite is not None:
+        data = [*(data or []), SUITE + suite]
     with redirect_stdout(sys.stderr):  # libraries print when they load a model; stdout is for the result
         results = evaluate_models(
             models,
@@ -70,10 +86,11 @@ def eval(  # noqa: A001 - the command's name
             metrics=metrics,
             baseline=baseline is not None,
             ignore_identical_ids=ignore_identical_ids,
+            use_cache=suite is not None and not no_cache,
             batch_tokens=batch_tokens,
             device=device,
         )
-    documents = [document(model, metrics, results[0] if details else None) for model in results]
+    documents = [document(model, metrics, results[0] if details else None, suite) for model in results]
     show(results, metrics, on_stderr=as_json)
     for each, model in zip(documents, results if queries else []):
         worst = worst_queries(model, queries, metrics[0])

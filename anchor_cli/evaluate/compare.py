@@ -38,16 +38,34 @@ class ModelResult:
 
     def uncertainty(self, metric: str) -> Interval:
         """95 % interval of the mean."""
-        return bootstrap([result.per_query[metric] for result in self.results])
+        return bootstrap([result.per_query[metric] for result in self.results], self.weights())
 
     def difference(self, first: ModelResult, metric: str) -> Interval:
         """This model minus `first`, paired by query, with its 95 % interval."""
         pairs = zip(self.results, first.results)
-        return bootstrap([ours.per_query[metric] - theirs.per_query[metric] for ours, theirs in pairs])
+        gaps = [ours.per_query[metric] - theirs.per_query[metric] for ours, theirs in pairs]
+        return bootstrap(gaps, self.weights())
+
+    def weights(self) -> list[float]:
+        """Of the benchmarks, in the average."""
+        return [result.benchmark.weight for result in self.results]
+
+    def by_language(self) -> dict[str, ModelResult]:
+        """The results of each language, where there are several; else nothing."""
+        languages = list(dict.fromkeys(result.benchmark.language for result in self.results))
+        return {
+            language: ModelResult(self.model, [one for one in self.results if one.benchmark.language == language])
+            for language in languages
+            if len(languages) > 1
+        }
 
 
-def document(model: ModelResult, metrics: Sequence[str], details_against: ModelResult | None = None) -> dict[str, Any]:
+def document(
+    model: ModelResult, metrics: Sequence[str], details_against: ModelResult | None = None, suite: str | None = None
+) -> dict[str, Any]:
     """`{"model": …, "results": {"ko/NanoNQ": {"ndcg@10": …}}, "avg": {…}}`.
+
+    With `suite` also its name, the averages of languages, and where each set is from, at which revision.
 
     With `details_against` also numbers of queries, intervals, embedding health, and differences to that model.
     """
@@ -60,6 +78,12 @@ def document(model: ModelResult, metrics: Sequence[str], details_against: ModelR
     }
     if ignoring := [result.benchmark.name for result in model.results if result.benchmark.ignore_identical_ids]:
         plain["ignore_identical_ids"] = ignoring
+    if suite is not None:
+        plain["suite"] = suite
+        if languages := model.by_language():
+            averages = {name: {metric: one.mean(metric) for metric in metrics} for name, one in languages.items()}
+            plain["avg_by_language"] = averages
+        plain["sources"] = {result.benchmark.name: result.benchmark.source for result in model.results}
     if details_against is None:
         return plain
     plain["num_queries"] = {result.benchmark.name: len(result.query_ids) for result in model.results}
@@ -131,6 +155,9 @@ def _single_table(model: ModelResult, metrics: Sequence[str]) -> Table:
         table.add_row(result.benchmark.name, *sizes, *[f"{means[metric]:.4f}" for metric in metrics], f"{half:.3f}")
     if len(model.results) > 1:
         table.add_section()
+        for language, part in model.by_language().items():
+            shown = [f"{part.mean(metric):.4f}" for metric in metrics]
+            table.add_row(f"avg {language}", "", "", *shown, f"{_half(part.uncertainty(metrics[0])):.3f}")
         half = _half(model.uncertainty(metrics[0]))
         table.add_row("avg", "", "", *[f"{model.mean(metric):.4f}" for metric in metrics], f"{half:.3f}", style="bold")
     return table
@@ -148,6 +175,9 @@ def _comparison_table(models: Sequence[ModelResult], metric: str) -> Table:
         values = [model.results[index].means()[metric] for model in models]
         table.add_row(result.benchmark.name, f"{queries[index]:,}", *_best_in_bold(values))
     table.add_section()
+    for language in models[0].by_language():
+        values = [model.by_language()[language].mean(metric) for model in models]
+        table.add_row(f"avg {language}", "", *_best_in_bold(values))
     table.add_row("avg", f"{sum(queries):,}", *_best_in_bold([model.mean(metric) for model in models]))
     gaps = [model.difference(models[0], metric) for model in models[1:]]
     table.add_row("difference", "", "", *[f"{gap.mean:+.4f}" for gap in gaps])

@@ -60,7 +60,7 @@ class BenchmarkResult:
 def evaluate(
     embedder: Embedder, benchmarks: Sequence[Benchmark], *, metrics: Sequence[str] = DEFAULT_METRICS
 ) -> dict[str, Any]:
-    """Metrics and embedding health of every benchmark and their plain mean over benchmarks.
+    """Metrics and embedding health of every benchmark and their mean over benchmarks, by weight.
 
     Returns `{"results": {"ko/NanoNQ": {"ndcg@10": …, "mrr@10": …, "alignment": …, …}}, "avg": {…}}`; `logged` names the
     values as metrics.jsonl does.
@@ -75,8 +75,9 @@ def evaluate(
 def summary(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
     """The document that `evaluate` returns."""
     by_name = {result.benchmark.name: result.means() | result.health for result in results}
-    keys = list(next(iter(by_name.values()), {}))
-    return {"results": by_name, "avg": {key: float(np.mean([row[key] for row in by_name.values()])) for key in keys}}
+    keys, weights = list(next(iter(by_name.values()), {})), [result.benchmark.weight for result in results]
+    average = {key: float(np.average([row[key] for row in by_name.values()], weights=weights)) for key in keys}
+    return {"results": by_name, "avg": average}
 
 
 def logged(outcome: dict[str, Any]) -> dict[str, float]:
@@ -149,6 +150,13 @@ def shares_ids(benchmark: Benchmark) -> int:
     ArguAna is such a set. BEIR leaves such a document out of the ranking, sentence-transformers does not.
     """
     return sum(text in benchmark.corpus.get(query, "") for query, text in benchmark.queries.items())
+
+
+def scored_again(benchmark: Benchmark, kept: dict[str, Any], metrics: Sequence[str]) -> BenchmarkResult:
+    """The result of rankings that were found earlier."""
+    query_ids, rankings, scores, health = (kept[key] for key in ("query_ids", "rankings", "scores", "health"))
+    per_query = _score(benchmark, query_ids, rankings, metrics)
+    return BenchmarkResult(benchmark, query_ids, rankings, scores, per_query, health)
 
 
 def _counted(benchmark: Benchmark) -> list[str]:

@@ -128,12 +128,18 @@ _DRAWS_AT_ONCE = 4_000_000  # indices held in memory: 32 MB
 
 
 def bootstrap(
-    groups: Sequence[FloatArray], confidence: float = 0.95, num_resamples: int = 5000, seed: int = 0
+    groups: Sequence[FloatArray],
+    weights: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 5000,
+    seed: int = 0,
 ) -> Interval:
     """Interval of the mean of the groups' means: queries are drawn again, with replacement, within each benchmark.
 
     With per-query differences between two models this is the paired bootstrap (Sakai 2006, "Evaluating evaluation
-    metrics based on the bootstrap"; percentile interval). `groups`: one (num_queries,) array a benchmark.
+    metrics based on the bootstrap"; percentile interval).
+    `groups`: one (num_queries,) array a benchmark. `weights`: of the benchmarks; equal by default.
 
     Raises:
         ValueError: no group, or an empty one.
@@ -142,11 +148,13 @@ def bootstrap(
         raise ValueError("bootstrap needs at least one query in every group")
     draw = np.random.default_rng(seed)
     means = np.zeros(num_resamples)
-    for group in groups:
+    weights = weights or [1.0] * len(groups)
+    for group, weight in zip(groups, weights, strict=True):
         rows = max(1, _DRAWS_AT_ONCE // len(group))
         for start in range(0, num_resamples, rows):
             stop = min(start + rows, num_resamples)
-            means[start:stop] += group[draw.integers(0, len(group), (stop - start, len(group)))].mean(axis=1)
-    means /= len(groups)
+            means[start:stop] += weight * group[draw.integers(0, len(group), (stop - start, len(group)))].mean(axis=1)
+    means /= sum(weights)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+    mean = np.average([group.mean() for group in groups], weights=weights)
+    return Interval(float(mean), float(low), float(high))

@@ -16,6 +16,7 @@ from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FIL
 from anchor_cli.data.benchmarks.benchmarks import (
     DEFAULT_DATA,
     SNAPSHOT_VARIABLE,
+    SUITE,
     is_hub_set,
     language_and_place,
     parts_of,
@@ -207,6 +208,9 @@ def _evaluation_data(name: str) -> str | None:
     Raises:
         InputError: no such benchmark, or one that does not load.
     """
+    if name.startswith(SUITE):
+        parts_of(name)  # no such suite is an error
+        return None
     place = Path(language_and_place(name)[1])
     if place.is_dir() and not (place / MANIFEST_FILE).is_file() and not is_nano_folder(place):
         if missing := [file for file in (CORPUS_FILE, QUERIES_FILE, QRELS_FILE) if not (place / file).is_file()]:

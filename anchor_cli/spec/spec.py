@@ -184,7 +184,8 @@ class RunSpec(BaseModel):
     eval_batch_size: Positive = 64
     """Texts encoded at once in evaluation."""
     eval_data: list[str] | None = None
-    """Benchmarks, each `[LANG:]NAME_OR_DIR` as in `anchor eval --data`. Default: the four NanoBEIR sets of KURE."""
+    """Benchmarks, each `[LANG:]NAME_OR_DIR` as in `anchor eval --data`, or `suite:NAME` as in `anchor eval --suite`.
+    Default: the four NanoBEIR sets of KURE."""
     save_steps: Share = 500.0
     """Checkpoint every so many steps; below 1: a share of all steps; 0: only at the end."""
     save_total_limit: Positive | None = None

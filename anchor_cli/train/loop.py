@@ -38,7 +38,8 @@ class Training:
         self.run, self.flag, self.livedog = run, flag, watchdog
         self.eval_every = interval_steps(run.spec.eval_steps, run.total_steps)
         self.evaluation = Evaluation(run, self.between_batches) if self.eval_every or run.spec.eval_on_start else None
-        self.log = open_log(run) if run.is_first else None
+        sources = self.evaluation.sources if self.evaluation else {}
+        self.log = open_log(run, sources) if run.is_first else None
         self.checkpoints = Checkpoints(run, self.log)
         self.throughput = Throughput(run)
         self.live = Live(run, enabled=run.is_first, flag=flag)
@@ -255,6 +256,8 @@ class Evaluation:
     def __init__(self, run: Run, between_batches: Callable[[], None]) -> None:
         self._run = run
         self._benchmarks = load_benchmarks(run.spec.eval_data or [])
+        self.sources = {benchmark.name: benchmark.source for benchmark in self._benchmarks}
+        """Where each set is from: folder, or Hub id and commit."""
         self._embedder = PackedEmbedder(
             run.model.encode,
             load_tokenizer(run.spec.model_name_or_path),
@@ -276,13 +279,14 @@ class Evaluation:
             self._run.model.train()
 
 
-def open_log(run: Run) -> MetricsLog:
-    """Rank 0's log with the run's trackers, cut back to where the run continues."""
+def open_log(run: Run, eval_data: dict[str, str]) -> MetricsLog:
+    """Rank 0's log with the run's trackers, cut back to where the run continues; `eval_data`: sources of its sets."""
     log = MetricsLog(run.folder, keep_bytes=int(run.state.get("metrics_bytes", 0)))
     trackers = start_trackers(run.spec, run.folder, run.wandb_run_id, run.first_step)
     run.wandb_run_id = next((tracker.run_id for tracker in trackers if tracker.run_id), run.wandb_run_id)
     log.track(trackers)
-    log.event("resume" if run.checkpoint else "start", run.first_step, world_size=run.ranks.world_size)
+    details = {"world_size": run.ranks.world_size} | ({"eval_data": eval_data} if eval_data else {})
+    log.event("resume" if run.checkpoint else "start", run.first_step, **details)
     return log
 
 

@@ -40,29 +40,32 @@ class Benchmark:
     """Folder, or Hub id and subset."""
     ignore_identical_ids: bool = False
     """Leave a document with the query's own id out of the ranking, as BEIR does, and MTEB for tasks such as ArguAna."""
+    weight: float = 1.0
+    """In the average over benchmarks."""
     notes: list[str] = field(default_factory=list)
     """What was left out of the source, one line each."""
 
 
-def read_beir(folder: Path, language: str | None = None, name: str | None = None) -> Benchmark:
+def read_beir(folder: Path, language: str | None = None, name: str | None = None, split: str = "test") -> Benchmark:
     """The benchmark in a BEIR folder. A document is `title + " " + text` where it has a title.
 
     Raises:
         InputError: a file is missing or a line of it is not as it must be; the message has the line.
     """
-    for file in (CORPUS_FILE, QUERIES_FILE, QRELS_FILE):
+    qrels_file = f"qrels/{split}.tsv"
+    for file in (CORPUS_FILE, QUERIES_FILE, qrels_file):
         if not (folder / file).is_file():
             raise InputError(f"{folder / file}: not found", _remedy(folder, file))
     queries = read_texts(read_jsonl(folder / QUERIES_FILE), repeats=False)
     corpus = read_texts(read_jsonl(folder / CORPUS_FILE), titles=True, repeats=False)
-    qrels = read_judgements(read_tsv(folder / QRELS_FILE), repeats=False)
+    qrels = read_judgements(read_tsv(folder / qrels_file), repeats=False)
     language = language or language_of(" ".join(queries.values()))
     return assemble(name or f"{language}/{folder.resolve().name}", language, queries, corpus, qrels, str(folder))
 
 
 def _remedy(folder: Path, file: str) -> str:
-    if file == QRELS_FILE and (others := sorted((folder / "qrels").glob("*.tsv"))):
-        return f"the judgements are read from {QRELS_FILE}; found {', '.join(other.name for other in others)}"
+    if file.startswith("qrels/") and (others := sorted((folder / "qrels").glob("*.tsv"))):
+        return f"the judgements are read from {file}; found {', '.join(other.name for other in others)}"
     inside = [path.name for path in sorted(folder.iterdir()) if (path / CORPUS_FILE).is_file()]
     if inside:
         return f"name one of the BEIR folders in it: {', '.join(inside)}"
@@ -141,7 +144,9 @@ def read_tsv(path: Path) -> Iterator[Row]:
 
 
 def read_texts(rows: Iterable[Row], *, titles: bool = False, repeats: bool) -> dict[str, str]:
-    """Text by `_id`. `titles`: a title goes in front. `repeats`: a second row with the same id and text is passed over.
+    """Text by `_id`. `titles`: a title goes in front.
+
+    `repeats`: a second row with the same id and text is passed over, and the column may be `id`, as on the Hub.
 
     Raises:
         InputError: a row without `_id` or `text`, or an id that is there twice.
@@ -149,7 +154,10 @@ def read_texts(rows: Iterable[Row], *, titles: bool = False, repeats: bool) -> d
     texts: dict[str, str] = {}
     places: dict[str, str] = {}
     for where, row in rows:
-        key, text = _identifier(row, "_id", where), _string(row, "text", where)
+        key, text = (
+            _identifier(row, "id" if "_id" not in row and repeats else "_id", where),
+            _string(row, "text", where),
+        )
         if titles and (title := _string(row, "title", where, needed=False)):
             text = f"{title} {text}".strip()
         if key in texts and not (repeats and texts[key] == text):

@@ -8,6 +8,8 @@
                                 DIR/NanoNQ one), or a snapshot (everything in it); `ko:` sets the language, which
                                 otherwise is decided by the share of Hangul
     ORG/NAME, de:ORG/NAME/NanoNQ  (also with hf:// in front of ORG) another NanoBEIR data set of the Hub
+    ko:ORG/NAME[/PART][/SPLIT]  another retrieval set of the Hub, or a copy of its repository: `hub_sets`; a BEIR .zip
+    suite:NAME                  a named list of sets: `suites`
 
 With the environment variable ANCHOR_NANOBEIR=DIR, `nanobeir…` is read from the snapshot DIR instead of the Hub.
 A set that cannot be loaded is an error that names it: an average over fewer sets is another number.
@@ -18,12 +20,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.hub import is_hub_id
+from anchor_cli.base.language import language_of
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE, Benchmark, read_beir
+from anchor_cli.data.benchmarks.hub_sets import RetrievalSet, read_zip, sets_of
 from anchor_cli.data.benchmarks.nanobeir import (
     HUB_IDS,
     KURE_SUBSETS,
@@ -37,10 +42,12 @@ from anchor_cli.data.benchmarks.nanobeir import (
     subset_named,
     subsets_of,
 )
+from anchor_cli.data.benchmarks.suites import suite_of
 
 __all__ = ["Benchmark", "DEFAULT_DATA", "load_benchmarks", "snapshot_nanobeir"]
 
 DEFAULT_DATA = ("nanobeir",)
+SUITE = "suite:"
 SNAPSHOT_VARIABLE = "ANCHOR_NANOBEIR"
 
 
@@ -69,11 +76,11 @@ def load_benchmarks(specs: Sequence[str] | None = None) -> list[Benchmark]:
 
 
 def is_hub_set(place: str) -> bool:
-    """Whether a name without its `LANG:` means a data set of the Hub, or one subset of it: OWNER/NAME[/NanoNQ].
+    """Whether a name without its `LANG:` means a data set of the Hub, or a part of it: OWNER/NAME[/PART][/SPLIT].
 
     Unlike a SOURCE of pairs it needs no `hf://`; with it, a folder of that name here is not looked at.
     """
-    return place.startswith("hf://") or is_hub_id(re.sub(r"/Nano\w+$", "", place))
+    return place.startswith("hf://") or is_hub_id("/".join(place.split("/")[:2]))
 
 
 def language_and_place(spec: str) -> tuple[str | None, str]:
@@ -88,6 +95,8 @@ def parts_of(spec: str) -> list[Part]:
     Raises:
         InputError: it means nothing.
     """
+    if spec.startswith(SUITE):
+        return _suite(spec.removeprefix(SUITE))
     if spec.lower() == "nanobeir" or spec.lower().startswith("nanobeir:"):
         return _nanobeir(spec)
     language, place = language_and_place(spec)
@@ -98,7 +107,11 @@ def parts_of(spec: str) -> list[Part]:
         ]
     if Path(place).is_dir():
         return _folder(place, language)
-    if is_nano_folder(Path(place).parent):
+    if place.endswith(".zip") and Path(place).is_file():
+        return [partial(read_zip, Path(place), language)]
+    if has_card(Path(place).parent):
+        return _sets(str(Path(place).parent), [Path(place).name], language)
+    if is_nano_folder(Path(place).parent) and not has_card(Path(place).parent):
         parent = str(Path(place).parent)
         return [partial(read_nano, parent, subset_named(Path(place).name, subsets_of(parent)), language)]
     if Path(place).exists():
@@ -107,10 +120,38 @@ def parts_of(spec: str) -> list[Part]:
             f"name the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FILE}",
         )
     if is_hub_set(place):
-        owner, name, *subsets = place.removeprefix("hf://").removeprefix("datasets/").split("/")
-        source = f"{owner}/{name}"
-        return [partial(read_nano, source, each, language) for each in subsets or subsets_of(source)]
+        owner, name, *names = place.removeprefix("hf://").removeprefix("datasets/").split("/")
+        if names and names[0].startswith("Nano"):
+            return [partial(read_nano, f"{owner}/{name}", each, language) for each in names]
+        return _sets(f"{owner}/{name}", names, language)
     raise InputError(f"--data {spec}: no such folder and no such benchmark", _suggestion(place))
+
+
+def has_card(folder: Path) -> bool:
+    """Whether a folder is a copy of a Hub repository whose card names configurations."""
+    card = folder / "README.md"
+    return card.is_file() and "config_name:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _sets(source: str, names: list[str], language: str | None) -> list[Part]:
+    """The sets of a repository in a layout of the Hub; those of NanoBEIR are read as its evaluator reads them."""
+    sets = sets_of(source, names, language)
+    if all(each.split.startswith("Nano") for each in sets):
+        return [partial(read_nano, source, each.split, language) for each in sets]
+    return [partial(_read_set, each) for each in sets]
+
+
+def _read_set(each: RetrievalSet) -> Benchmark:
+    benchmark = each.read()
+    if each.language:
+        return benchmark
+    language = language_of(" ".join(benchmark.queries.values()))
+    return replace(benchmark, language=language, name=f"{language}/{each.name}")
+
+
+def _suite(name: str) -> list[Part]:
+    suite = suite_of(name)
+    return parts_of(suite) if isinstance(suite, str) else [each.read for each in suite]
 
 
 def _suggestion(place: str) -> str:
@@ -149,6 +190,8 @@ def _folder(place: str, language: str | None) -> list[Part]:
             for name in snapshot_sets(folder)
             if language is None or name.startswith(language + "/")
         ]
+    if has_card(folder):
+        return _sets(place, [], language)
     if is_nano_folder(folder):
         return [partial(read_nano, place, subset, language) for subset in subsets_of(place)]
     return [partial(read_beir, folder, language)]

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.console import progress
-from anchor_cli.base.errors import InputError, RunError, first_line, nearest
+from anchor_cli.base.errors import InputError, first_line, nearest
 from anchor_cli.base.files import sha256_file, staged_folder, words_for_disk_errors, write_json, write_text_atomic
 from anchor_cli.base.hub import revision_of
 from anchor_cli.base.language import language_of
@@ -31,6 +30,7 @@ from anchor_cli.data.benchmarks.beir import (
     read_judgements,
     read_texts,
 )
+from anchor_cli.data.benchmarks.hub_sets import hub_errors, own_cache, splits_of
 
 HUB_IDS = {"ko": "sionic-ai/NanoBEIR-ko", "en": "sentence-transformers/NanoBEIR-en"}
 KURE_SUBSETS = ("NanoMSMARCO", "NanoNQ")
@@ -49,6 +49,7 @@ SUBSETS = (
     "NanoSciFact",
     "NanoTouche2020",
 )
+REMEDY = "with a network: anchor prepare nanobeir --out DIR; then here: --data DIR, or ANCHOR_NANOBEIR=DIR"
 CONFIGURATIONS = ("corpus", "queries", "qrels")
 MANIFEST_FILE = "nanobeir.json"
 
@@ -95,10 +96,7 @@ def subsets_of(source: str) -> list[str]:
         names = {path.name.split(".")[0].split("-")[0] for path in (folder / "queries").iterdir() if _is_data(path)}
         if names:
             return sorted(names)
-    from datasets import get_dataset_split_names
-
-    with _hub(source, "queries"):
-        return sorted(get_dataset_split_names(source, "queries"))
+    return sorted(splits_of(source, "queries"))
 
 
 def _is_data(path: Path) -> bool:
@@ -140,36 +138,13 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str, config: str, split: str) -> Iterator[Row]:
+    """Rows of the Hub, or of a clone of a repository of it: here a missing split is an error, never another one."""
     from datasets import load_dataset
 
-    with _hub(source, f"{config}/{split}"):
-        table = load_dataset(source, config, split=split)
+    with hub_errors(source, f"{config}/{split}", REMEDY):
+        table = load_dataset(source, config, split=split, **own_cache(source))
     for number, row in enumerate(table, start=1):
         yield f"{source} {config}/{split}: row {number}", row
-
-
-@contextmanager
-def _hub(source: str, what: str) -> Iterator[None]:
-    """Loading from the Hub: failures become one line; if it cannot be reached, without the libraries' retries (24 s).
-
-    Raises:
-        InputError: no such configuration or split. RunError: the Hub cannot be reached and the cache has no copy.
-    """
-    import datasets
-    import huggingface_hub.constants as hub
-
-    saved = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    if not Path(source).is_dir() and revision_of(source) is None:
-        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{source} {what}: could not be loaded: {first_line(error)}") from error
-    except Exception as error:
-        remedy = "with a network: anchor prepare nanobeir --out DIR; then here: --data DIR, or ANCHOR_NANOBEIR=DIR"
-        raise RunError(f"{source} {what}: could not be loaded: {first_line(error)}", remedy) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = saved
 
 
 def snapshot_nanobeir(
