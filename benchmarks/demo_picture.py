@@ -2,9 +2,10 @@
 
     tmux -L demo new-session -x 92 -y 60       # in it: clear; anchor demo
     tmux -L demo capture-pane -e -p > screen.ansi
-    python benchmarks/demo_picture.py screen.ansi docs/demo.svg
+    python benchmarks/demo_picture.py screen.ansi docs/demo.svg FOLDER    # where it ran
 
-Everything is as it was printed, up to the line with the time; the picture loads no font.
+Everything is as it was printed, from the command to the table, but for the path of the folder, which becomes `~`. The
+picture loads no font.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 WIDTH = 92
-LAST_LINE = "s in all"
+LAST_LINE = "└"
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font: {char_height}px/{line_height}px ui-monospace, 'SF Mono', 'D2Coding', monospace; }}
@@ -34,11 +35,11 @@ SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http:/
 """
 
 
-def main(screen: Path, picture: Path) -> None:
+def main(screen: Path, picture: Path, folder: str) -> None:
     """Draw a captured screen (text with ANSI colours)."""
     terminal = Console(record=True, width=WIDTH, highlight=False, file=io.StringIO(), force_terminal=True)
     for line in screen.read_text(encoding="utf-8").splitlines():
-        text = Text.from_ansi(line)
+        text = Text.from_ansi(line.replace(folder, "~"))
         terminal.print(text, overflow="crop", no_wrap=True)
         if LAST_LINE in text.plain:
             break
@@ -46,4 +47,4 @@ def main(screen: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -33,7 +33,7 @@ RECORD = {
 }  # fmt: skip
 EXTRA = {"eval/avg/ndcg@10": 0.4711, "saved": 12000, "total_gb": 93.6}
 SHORT = "loss D2Q 1.250 Q2D 2.500  lr 3.2e-05  nDCG@10 0.471  812.3 pairs/s  MFU 42.3%"
-LONG = SHORT + "  norm 0.71  190,123 tokens/s  71.3/94 GB  saved 12,000"
+LONG = SHORT + "  norm 0.710  190,123 tokens/s  71.3/94 GB  saved 12,000"
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,8 @@ def measurements(newest: Mapping[str, float]) -> Iterable[Text]:
     if known(names.MFU):
         yield _named("MFU", f"{newest[names.MFU]:.1%}")
     if known(names.GRAD_NORM):
-        yield _named("norm", f"{newest[names.GRAD_NORM]:.3g}")
+        norm = newest[names.GRAD_NORM]
+        yield _named("norm", f"{norm:.3f}" if norm < 1e5 else f"{norm:.1e}")
     if known(names.TOKENS_PER_S):
         yield Text(f"{newest[names.TOKENS_PER_S]:,.0f} tokens/s")
     if known(names.PEAK_MEMORY_GB):
