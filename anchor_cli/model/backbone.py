@@ -120,14 +120,18 @@ def _liger() -> Callable[..., None] | None:
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Regional `torch.compile`: each decoder layer by itself, sizes dynamic, attention left out (model/attention.py).
+    """Regional `torch.compile`: each decoder layer and the final norm by itself, attention left out (attention.py).
 
-    All layers and all batches share the same few graphs (counted: tests/test_compile.py). A layer that is checkpointed
-    is compiled child by child, because its own `forward` hands over to the checkpoint, which dynamo does not trace.
+    Only the number of tokens is dynamic: the first pass of the first step compiles for its number, the second pass, one
+    token a text shorter, makes it a symbol, and the widths stay constants. All layers and all batches share the same
+    few graphs from then on (counted: tests/test_compile.py). A layer that is checkpointed is compiled child by child,
+    because its own `forward` hands over to the checkpoint, which dynamo does not trace.
     """
-    for layer in model.get_decoder().layers:
+    decoder = model.get_decoder()
+    decoder.norm.compile(backend=backend)
+    for layer in decoder.layers:
         for region in layer.children() if getattr(layer, "gradient_checkpointing", False) else (layer,):
-            region.compile(dynamic=True, backend=backend)
+            region.compile(backend=backend)
 
 
 def _refuse_pickled_weights(source: str) -> None:
