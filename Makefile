@@ -1,6 +1,6 @@
 # `make demo` and `make test` each set everything up from nothing but Python 3.11+ and do their work.
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all test-plain-cpu lint docs clean
+.PHONY: gpu-kit demo test test-all test-plain-cpu lint docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +39,9 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gpu-kit: $(INSTALLED)  ## what benchmarks/gpu needs on a host with a card and without a network
+	$(BIN)/python benchmarks/gpu/kit.py gpu-kit
 
 docs: $(INSTALLED)  ## the pages that are generated from the code
 	$(BIN)/python -m anchor_cli.spec.docs

@@ -1,4 +1,4 @@
-"""Which kernels inductor makes of a decoder layer for an H100, and what they read and write: no card, no generated code.
+"""Which kernels inductor makes of a decoder layer for an H100, and what they read and write, without a card.
 
 A layer is traced by dynamo and split into forward and backward as in training (`compile_layers`); each graph is then
 moved to fake CUDA tensors and given to inductor's own lowering and scheduler, which decide what is fused. Its count of

@@ -108,8 +108,10 @@ def engine_traffic(config: str = "zero2_bf16", world_size: int = 2) -> dict[str,
     stream.synchronize = synchronize  # type: ignore[method-assign,assignment]
     kind = type(get_accelerator())
     kind.synchronize, kind.resolves_data_dependency = staticmethod(synchronize), staticmethod(lambda: False)
+    kind.is_synchronized_device = staticmethod(lambda: False)
     kind.Stream = property(lambda _: lambda *args: stream)
     kind.current_stream = kind.default_stream = lambda *_: stream
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign,assignment]
     kind.stream = lambda *_: contextlib.nullcontext()
     engine, batch, model = small_engine(config, world_size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -133,7 +135,7 @@ def engine_traffic(config: str = "zero2_bf16", world_size: int = 2) -> dict[str,
     first, last = counts[-2], counts[-1]
     within: Any = first["backward"]
     boundary: Any = last["update"]
-    # On CUDA the fused AdamW of one flat tensor is as many launches as the tensor has chunks; Qwen3-0.6B, this rank's share.
+    # On CUDA the fused AdamW of one flat tensor is a launch a chunk; here of this rank's share of Qwen3-0.6B.
     adam = -(-(596_000_000 // world_size) // FUSED_CHUNK_VALUES)
     return {
         "device_syncs_per_micro_batch": float(first["synchronised"] + within.reads),  # type: ignore[operator]

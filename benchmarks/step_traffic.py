@@ -14,7 +14,7 @@ With `--path compile` a layer's operators are replaced by the kernels that induc
 (compiled_traffic.py; needs triton, no card). *Estimated*: launches a library operator hides, and the time: a roofline
 with the assumptions of RATES. Nothing here is measured on a card.
 
-The fake tensors live on the CPU device, because a CPU build of torch cannot run autograd for CUDA ones; kernels for CUDA
+The fake tensors live on the CPU device, because a CPU build of torch cannot run autograd for CUDA ones; CUDA's kernels
 are asked for by name. Device memory only: an operator that would hit in the L2 cache is counted all the same.
 """
 
@@ -87,7 +87,7 @@ class Traffic:
         return made
 
 
-# -- counting -----------------------------------------------------------------------------------------------------------
+# -- counting --------------------------------------------------------------------------------------------------------
 
 LAUNCHES = {  # of operators that are several kernels on CUDA; estimated from their sources
     "aten.embedding_dense_backward": 8,  # sort of the ids (radix, several passes), segments, gradient
@@ -174,7 +174,7 @@ class Count(TorchDispatchMode):
         self.traffic.operators[name][1] += launches
 
 
-# -- the step -----------------------------------------------------------------------------------------------------------
+# -- the step --------------------------------------------------------------------------------------------------------
 
 
 def batch_of_pairs(num_pairs: int, lengths: tuple[int, int], extra: int) -> PairBatch:
@@ -350,8 +350,12 @@ def report(path: str, config: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", choices=("compile", "liger", "fused-output", "stock"), default="compile",
-                        help="compile: the default on CUDA; fused-output: stock layers with the output layer's kernel")  # fmt: skip
+    parser.add_argument(
+        "--path",
+        choices=("compile", "liger", "fused-output", "stock"),
+        default="compile",
+        help="compile: the default on CUDA; fused-output: stock layers, the output layer's kernel",
+    )
     parser.add_argument("--deepspeed", default="zero2_bf16", help="a name in ds_configs/ or a file")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -378,7 +382,8 @@ def main() -> None:
     print(f"  DeepSpeed: {found['device_syncs_per_micro_batch']:.0f} synchronisations a micro-batch,"
           f" {found['boundary_launches']} launches at the boundary")  # fmt: skip
     print(
-        f"  estimated MFU {found['estimated_mfu']:.1%} of {Rates().peak_tflops:g} TFLOP/s, step {found['step_ms']:.0f} ms"
+        f"  estimated MFU {found['estimated_mfu']:.1%} of {Rates().peak_tflops:g} TFLOP/s,"
+        f" step {found['step_ms']:.0f} ms"
     )
 
 
