@@ -45,7 +45,8 @@ gpu-kit: $(INSTALLED)  ## what benchmarks/gpu needs on a host with a card and wi
 
 docs: $(INSTALLED)  ## the pages that are generated from the code
 	$(BIN)/python -m anchor_cli.spec.docs
-	$(BIN)/python -m anchor_cli.commands.cli_docs
+	$(BIN)/python -m anchor_cli.cli_docs
+	$(BIN)/python docs/rooms.py
 
 # DeepSpeed is published as source only: its build wants setuptools and wheel, sees no torch, and so compiles nothing now.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """`python -m anchor_cli` is `anchor`."""
 
-from anchor_cli.commands.cli import main
+from anchor_cli.cli import main
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,8 @@ def floors() -> list[list[str]]:
     """Rooms by floor, top floor first, from the layers contract of import-linter."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     layers = next(one["layers"] for one in settings["contracts"] if one.get("containers") == ["anchor_cli"])
-    return [[room.strip() for room in layer.split("|")] for layer in layers]
+    floors = [[room.strip() for room in layer.split("|")] for layer in layers]
+    return [rooms for rooms in floors if (PACKAGE / rooms[0]).is_dir()]
 
 
 def modules(room: str) -> list[str]:
@@ -46,6 +47,8 @@ def imports() -> Counter[tuple[str, str]]:
     """How many modules of one room import another room."""
     arrows: Counter[tuple[str, str]] = Counter()
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent == PACKAGE:
+            continue  # the program's start, above all rooms
         room = path.relative_to(PACKAGE).parts[0]
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         names = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]

@@ -14,7 +14,7 @@ import pytest
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.metric_names import EVAL_AVG_NDCG_10
 from anchor_cli.base.runs import RunFolder
-from anchor_cli.commands.cli import run as anchor
+from anchor_cli.cli import run as anchor
 from anchor_cli.processes import launch, watchdog
 from anchor_cli.train.metrics_log import Appender, MetricsLog
 from anchor_cli.train.saving import commit

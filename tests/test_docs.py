@@ -39,7 +39,7 @@ def command_lines(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse(page: Path) -> None:
-    from anchor_cli.commands.cli import COMMANDS, app
+    from anchor_cli.cli import COMMANDS, app
 
     group: Any = typer.main.get_command(app)
     known = {name for names in COMMANDS.values() for name in names}

@@ -12,7 +12,7 @@ from fake_nvml import Card, FakeNvml, install
 from test_benchmarks import write_nano
 
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
 from anchor_cli.plan import estimate, flops, probe, zero
 from anchor_cli.plan.checks import check_plan

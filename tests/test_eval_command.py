@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from anchor_cli.base.runs import remember_run
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 
 TEXTS = {
     "d1": "수달은 강과 바다에 사는 동물이다",

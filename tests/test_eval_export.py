@@ -10,7 +10,7 @@ import pytest
 from test_benchmarks import write_nano
 
 from anchor_cli.base.contract import write_contract
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.text import load_tokenizer
 from anchor_cli.evaluate.embedder import contract_of

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from anchor_cli.base.contract import write_contract
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run as anchor
+from anchor_cli.cli import run as anchor
 from anchor_cli.data.tokenizer_fit import require_exportable
 from anchor_cli.data.training_set import contract_for
 from anchor_cli.evaluate.embedder import load_embedder

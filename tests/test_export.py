@@ -20,7 +20,7 @@ from export_fixtures import log_scores, make_checkpoint, make_contract, random_t
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.files import staged_folder, sweep_staged, this_host
 from anchor_cli.base.runs import remember_run
-from anchor_cli.commands.cli import run as anchor
+from anchor_cli.cli import run as anchor
 from anchor_cli.evaluate.embedder import PackedEmbedder, load_embedder
 from anchor_cli.export import certificate_texts, readers
 from anchor_cli.export import certify as certificate

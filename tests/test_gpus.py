@@ -14,7 +14,7 @@ import pytest
 from fake_nvml import Card, FakeNvml, install
 
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.evaluate.embedder import load_embedder
 from anchor_cli.processes import gpus
 

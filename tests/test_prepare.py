@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.prepare import keeper, workers
 from anchor_cli.data.prepare import prepare as prepare_module

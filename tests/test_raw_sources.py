@@ -12,7 +12,7 @@ from faults.harness import write_world
 from anchor_cli.base import hub
 from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run as anchor
+from anchor_cli.cli import run as anchor
 from anchor_cli.data.pairs import MANIFEST
 from anchor_cli.data.training_set import contract_for, prepare_raw, training_pairs
 from anchor_cli.spec.spec import RunSpec

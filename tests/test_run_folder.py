@@ -11,7 +11,7 @@ import pytest
 from anchor_cli.base import checkpoints
 from anchor_cli.base import runs as run_folder
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run as anchor
+from anchor_cli.cli import run as anchor
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.runs import remember_run
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.data.documents import read_documents
 
 TEXTS = {

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.spec import aliases as compat
 from anchor_cli.spec import docs as spec_docs
 from anchor_cli.spec.load import PATH_KEYS, load_spec, read_spec

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from anchor_cli.base.errors import InputError, RunError
-from anchor_cli.commands.cli import run
+from anchor_cli.cli import run
 from anchor_cli.data.benchmarks import hub_sets, suites
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks

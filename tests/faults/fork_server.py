@@ -1,6 +1,6 @@
 """Starts `anchor` commands in a second instead of fifteen: everything heavy is imported once, each command is a fork.
 
-A command runs exactly as from the shell (`anchor_cli.commands.cli.run` with its arguments, environment, working folder
+A command runs exactly as from the shell (`anchor_cli.cli.run` with its arguments, environment, working folder
 and streams, in a session of its own). Requests and answers are JSON lines on stdin and stdout.
 
 A fork can be told to kill itself with SIGKILL at the k-th call of some function (`die_at`): in the middle of a save
@@ -25,7 +25,7 @@ HEAVY = (
     "transformers.models.qwen3.modeling_qwen3",
     "safetensors.torch", "tokenizers", "anchor_cli.data.prepare.prepare", "anchor_cli.train.loop",
     "anchor_cli.train.worker", "anchor_cli.train.start",
-    "anchor_cli.base.environment", "anchor_cli.commands.cli",
+    "anchor_cli.base.environment", "anchor_cli.cli",
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def run_here(arguments: list[str]) -> None:
     """The command, and the end of this process."""
     code = 70
     try:
-        from anchor_cli.commands.cli import run
+        from anchor_cli.cli import run
 
         sys.argv = ["anchor", *arguments]
         code = run(arguments)

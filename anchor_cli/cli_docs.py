@@ -1,6 +1,6 @@
 """The reference page of the commands, made from the commands.
 
-python -m anchor_cli.commands.cli_docs        writes docs/reference/cli.md
+python -m anchor_cli.cli_docs        writes docs/reference/cli.md
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from anchor_cli.commands.cli import COMMANDS, EXAMPLES, app
+from anchor_cli.cli import COMMANDS, EXAMPLES, app
 
 PAGE = "docs/reference/cli.md"
 COMPLETION = (
@@ -46,7 +46,7 @@ def page() -> str:
     lines = [
         "# The commands",
         "",
-        "Generated from the commands by `python -m anchor_cli.commands.cli_docs`; a test keeps it current.",
+        "Generated from the commands by `python -m anchor_cli.cli_docs`; a test keeps it current.",
         "",
         " ".join(str(group.epilog).split()),
     ]
@@ -120,7 +120,7 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).parents[2] / PAGE
+    path = Path(__file__).parents[1] / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(), encoding="utf-8")
     print(path)
