@@ -41,7 +41,7 @@ def naive(q: Any, d: Any, rows: ContrastRows, settings: ContrastSettings, guide:
     row_of = {c: i for i in range(num_rows) for c in range(first[i], first[i + 1])}
     known = {(int(i), int(c)) for i, c in rows.known_positives.T}
     group = settings.negatives_group_size or num_rows
-    dims = settings.matryoshka_dims or [D]
+    dims = settings.matryoshka_dims or [q.shape[1]]
     weights = settings.matryoshka_weights or [1.0] * len(dims)
     total = torch.zeros((), dtype=torch.float64)
     for m, weight in zip(dims, weights, strict=True):

@@ -14,6 +14,19 @@ TIME = "time"
 LOSS = "train/loss"
 D2Q_LOSS = "train/d2q_loss"
 Q2D_LOSS = "train/q2d_loss"
+TRAIN_PREFIX = "train/"
+ACCURACY = "train/accuracy"
+"""Stage II: share of rows whose positive is the most similar candidate of its block, texts of known positives aside."""
+POSITIVE_SIMILARITY = "train/positive_similarity"
+HARD_NEGATIVE_SIMILARITY = "train/hard_negative_similarity"
+"""Mean cosine of a query and its own negatives."""
+IN_BATCH_NEGATIVE_SIMILARITY = "train/in_batch_negative_similarity"
+DROPPED_SHARE = "train/dropped_share"
+"""Candidates dropped, as the text of a known positive or by the margin, 0 to 1."""
+DROPPED_BY_MARGIN_SHARE = "train/dropped_by_margin_share"
+NEAR_THRESHOLD = "train/near_threshold"
+"""Candidates within 1e-3 of the margin's threshold."""
+TEMPERATURE = "train/temperature"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 
@@ -30,6 +43,16 @@ EVAL_PREFIX = "eval/"
 EVAL_AVG_NDCG_10 = "eval/avg/ndcg@10"
 EVAL_AVG_MRR_10 = "eval/avg/mrr@10"
 
+CONTRAST_KEYS = (
+    ACCURACY,
+    POSITIVE_SIMILARITY,
+    HARD_NEGATIVE_SIMILARITY,
+    IN_BATCH_NEGATIVE_SIMILARITY,
+    DROPPED_SHARE,
+    DROPPED_BY_MARGIN_SHARE,
+    NEAR_THRESHOLD,
+    TEMPERATURE,
+)
 TRAIN_KEYS = (LOSS, D2Q_LOSS, Q2D_LOSS, LEARNING_RATE, GRAD_NORM)
 PERF_KEYS = (PAIRS_PER_S, TOKENS_PER_S, MFU, PEAK_MEMORY_GB)
 

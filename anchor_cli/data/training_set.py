@@ -30,8 +30,6 @@ def contract_for(spec: RunSpec) -> TextContract:
         InputError: no tokenizer, one that does not fit the model or could never be exported, or the model is a
             checkpoint or export that was trained under another contract.
     """
-    if spec.stage == "II":
-        raise InputError("stage: II: this version prepares its data, but does not train it yet")
     tokenizer = load_tokenizer(spec.model_name_or_path)
     require_ids_within(tokenizer, embedding_rows(spec.model_name_or_path), spec.model_name_or_path)
     require_exportable(tokenizer, spec.model_name_or_path)

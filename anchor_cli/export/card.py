@@ -20,6 +20,11 @@ _KEYS_SHOWN = (
     "reconstruction_targets d2q_weight q2d_weight learning_rate lr_scheduler_type warmup_steps max_seq_length "
     "precision seed"
 ).split()
+_KEYS_OF_STAGE_II = (
+    "stage temperature in_batch_negatives negatives_group_size margin_strategy margin guide_model_name_or_path "
+    "hardness_mode hardness_strength matryoshka_dims kd_weight learning_rate lr_scheduler_type warmup_steps "
+    "max_seq_length precision seed"
+).split()
 _TAGS = ["sentence-transformers", "feature-extraction", "retrieval", "anchor-embedding"]
 
 
@@ -70,6 +75,8 @@ def model_card(
         scores=_by_benchmark(scores),
         prompts={key: json.dumps(text, ensure_ascii=False) for key, text in prompts(contract).items()},
         own_pooling=needs_own_pooling(contract),
+        stage=state.get("spec", {}).get("stage", "I"),
+        matryoshka=state.get("spec", {}).get("matryoshka_dims"),
         ways=sorted({check["against"] for check in parity["checks"]}),
         distance=max(0.0, 1 - min(check["lowest_cosine"] for check in parity["checks"])),
     )
@@ -111,7 +118,10 @@ def _training(state: dict[str, Any], counts: dict[str, Any] | None) -> list[tupl
         rows += [("training pairs", f"{counts['rows']:,}"), ("pairs seen", f"{counts['pairs_seen']:,}")]
     if spec.get("dataset_name"):
         rows.append(("data", str(spec["dataset_name"])))
-    return rows + [(key, json.dumps(spec[key], ensure_ascii=False)) for key in _KEYS_SHOWN if key in spec]
+    shown = _KEYS_OF_STAGE_II if spec.get("stage") == "II" else _KEYS_SHOWN
+    return rows + [
+        (key, json.dumps(spec[key], ensure_ascii=False)) for key in shown if spec.get(key) not in (None, False)
+    ]
 
 
 def _by_benchmark(scores: dict[str, Any]) -> dict[str, dict[str, float]]:

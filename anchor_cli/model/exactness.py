@@ -27,8 +27,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.model.attention import PACKED_ATTENTION, register
+from anchor_cli.model.encoder import packed_hidden_states
 from anchor_cli.model.packed import pack_texts
-from anchor_cli.model.reconstruction import packed_hidden_states
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Largest difference of a hidden state, relative to its length. In float32 rounding stays below 1e-5."""

@@ -48,6 +48,22 @@ def pack_texts(ids: Sequence[npt.NDArray[np.int32]]) -> PackedTexts:
 
 
 @dataclass(frozen=True)
+class TextBatch:
+    """One micro-batch of N texts for `PackedEncoder.forward`."""
+
+    texts: PackedTexts
+    content_starts: torch.Tensor  # (N,) int64: first content token of each text, for the pooling modes that need it
+
+    def to(self, device: torch.device) -> TextBatch:
+        """The same batch on a device; from pinned memory the copy is asynchronous."""
+        return TextBatch(self.texts.to(device), self.content_starts.to(device, non_blocking=True))
+
+    def pin(self) -> TextBatch:
+        """The same batch in page-locked memory (CUDA hosts only)."""
+        return TextBatch(self.texts.map(lambda t: t.pin_memory()), self.content_starts.pin_memory())
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """One micro-batch of R pairs, ready for `ReconstructionModel.forward`.
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from anchor_cli.model.attention import Packing
+from anchor_cli.model.encoder import PackedEncoder
 from anchor_cli.model.output_layer import OutputLayer
-from anchor_cli.model.packed import PackedTexts, PairBatch
-from anchor_cli.model.pooling import pool
+from anchor_cli.model.packed import PairBatch
 
 
 def target_scales(
@@ -43,21 +41,7 @@ class MicroBatchLoss(NamedTuple):
     q2d_sum: torch.Tensor
 
 
-def packed_hidden_states(
-    language_model: PreTrainedModel, inputs: torch.Tensor, texts: PackedTexts, kernel: str
-) -> torch.Tensor:
-    """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm."""
-    out = language_model.get_decoder()(
-        inputs_embeds=inputs[None],
-        position_ids=texts.position_ids[None],
-        use_cache=False,
-        packing=Packing(texts.cu_seqlens, texts.lengths, kernel),
-    )
-    hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden
-
-
-class ReconstructionModel(nn.Module):
+class ReconstructionModel(PackedEncoder):
     """A causal language model that encodes texts and reconstructs each side of a pair from the other's embedding."""
 
     def __init__(
@@ -68,22 +52,9 @@ class ReconstructionModel(nn.Module):
         pooling_mode: str = "eos_token",
         chunk_targets: int | None = None,
     ) -> None:
-        super().__init__()
-        self.language_model = language_model
+        super().__init__(language_model, kernel=kernel, pooling_mode=pooling_mode)
         self.output_layer = OutputLayer(language_model.get_output_embeddings().weight, chunk_targets)
         self.logit_scale = float(getattr(language_model, LOGIT_SCALE, 1.0))
-        self.kernel = kernel
-        self.pooling_mode = pooling_mode
-
-    def hidden_states(self, inputs: torch.Tensor, packing: PackedTexts) -> torch.Tensor:
-        """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm."""
-        return packed_hidden_states(self.language_model, inputs, packing, self.kernel)
-
-    def encode(self, texts: PackedTexts, content_starts: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, D) embeddings, not normalised: one causal pass per text, positions from 0."""
-        embed = self.language_model.get_input_embeddings()
-        hidden = self.hidden_states(embed(texts.input_ids), texts)
-        return pool(hidden, texts.cu_seqlens, content_starts, self.pooling_mode)
 
     def reconstruct(self, batch: PairBatch, embeddings: torch.Tensor) -> torch.Tensor:
         """(N, D) embeddings -> (K, D) hidden states at the target slots, each text read from its other side's e."""
@@ -92,7 +63,9 @@ class ReconstructionModel(nn.Module):
         inputs = embed(batch.recon.input_ids).index_copy(0, batch.first_slots, others)
         return self.hidden_states(inputs, batch.recon)[batch.target_slots]
 
-    def forward(self, batch: PairBatch, d2q_scale: float, q2d_scale: float) -> MicroBatchLoss:
+    def forward(  # type: ignore[override]
+        self, batch: PairBatch, d2q_scale: float, q2d_scale: float
+    ) -> MicroBatchLoss:
         """A micro-batch's share of the step's loss.
 
         Args:

@@ -70,6 +70,7 @@ def training_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     clipped = (float(limit), f"clipped at {limit:g}") if isinstance(limit, int | float) and limit > 0 else None
     panels = [
         *_loss_panels(runs),
+        *_contrast_panels(runs),
         _metric_panel(runs, names.LEARNING_RATE, "Learning rate", "학습률", "learning rate", from_zero=True),
         _metric_panel(
             runs, names.GRAD_NORM, "Gradient norm", "기울기 크기", "L2 norm before clipping, log scale",
@@ -137,6 +138,29 @@ def _loss_panels(runs: Sequence[RunRecord]) -> list[Panel | None]:
         Line(run.series(names.LOSS), "loss", _BLACK, bold=True),
     ]
     return [_panel(runs, lines, "Loss", "손실", _NATS, "loss", smooth=True)]
+
+
+def _contrast_panels(runs: Sequence[RunRecord]) -> list[Panel | None]:
+    """Stage II: what the positive is up against. Of several runs the accuracies and dropped shares alone."""
+    panels = [
+        _metric_panel(
+            runs, names.ACCURACY, "Accuracy of the positive in its block", "정답 문서 정확도", "share", smooth=True
+        ),
+        _metric_panel(
+            runs, names.DROPPED_SHARE, "Dropped candidates", "제외된 후보", "share of candidates", smooth=True
+        ),
+    ]
+    if len(runs) == 1:
+        run = runs[0]
+        lines = [
+            Line(run.series(names.POSITIVE_SIMILARITY), "positives", COLOURS[0]),
+            Line(run.series(names.HARD_NEGATIVE_SIMILARITY), "own negatives", COLOURS[1]),
+            Line(run.series(names.IN_BATCH_NEGATIVE_SIMILARITY), "in-batch negatives", COLOURS[2]),
+        ]
+        panels.insert(
+            1, _panel(runs, lines, "Similarity to the query", "질문과의 유사도", "cosine", "similarity", smooth=True)
+        )
+    return panels
 
 
 def _metric_panel(

@@ -1,4 +1,4 @@
-"""DeepSpeed under one thin adapter: processes and engine. The optimizer step is `train/loop.py`'s `train_step`."""
+"""DeepSpeed under one thin adapter: processes, engine, the frame of an update. The steps are the objectives'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from anchor_cli.base.errors import InputError, RunError
-from anchor_cli.model.reconstruction import ReconstructionModel
+from anchor_cli.model.encoder import PackedEncoder
 from anchor_cli.processes.gpus import on_gpu
 from anchor_cli.processes.ranks import Ranks, complete_rendezvous, environment_ranks
 from anchor_cli.spec.spec import RunSpec
@@ -116,7 +116,7 @@ class NonFiniteGradient(RunError):
 
 
 def build_engine(
-    model: ReconstructionModel, spec: RunSpec, ds_config: dict[str, Any], device: torch.device
+    model: PackedEncoder, spec: RunSpec, ds_config: dict[str, Any], device: torch.device
 ) -> tuple[Any, torch.optim.Optimizer]:
     """DeepSpeed's engine around the model, with AdamW, and the AdamW inside.
 
@@ -161,3 +161,26 @@ def refuse_non_finite(engine: Any) -> None:
     norm = getattr(engine.optimizer, "_global_grad_norm", None)
     if norm is not None and not (math.isfinite(value := float(norm)) and value >= 0):
         raise NonFiniteGradient(f"the gradient is not finite (norm {'inf or nan' if value == -1 else value})")
+
+
+def begin_update(engine: Any, learning_rate: float) -> int:
+    """Set the step's learning rate; the factor for each micro-batch's loss.
+
+    DeepSpeed divides each backward by `gradient_accumulation_steps` and averages over ranks; one factor, world size x
+    accumulation, undoes both, so what it accumulates is the plain sum of micro-batch losses, and those are shares of
+    the step's loss already (tests/test_engine.py and `anchor doctor` compare with one plain backward).
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    undo: int = engine.world_size * engine.gradient_accumulation_steps()
+    return undo
+
+
+def finish_update(engine: Any) -> None:
+    """After a step's last micro-batch. Raises NonFiniteGradient.
+
+    DeepSpeed skips an update with such a gradient by itself, unless it is told not to look (bf16.check_grad_overflow):
+    then the norm that `refuse_non_finite` sees stops it.
+    """
+    if getattr(engine.optimizer, "overflow", False):
+        raise NonFiniteGradient("the gradient is not finite")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,19 @@ import torch
 from anchor_cli.data.batches import BatchPlan
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.model.packed import PairBatch, Targets, num_targets, pack_pairs
+
+Step = TypeVar("Step")
+
+
+def packed_ahead(pack: Callable[[int], Step], first: int, last: int) -> Iterator[Step]:
+    """Steps first … last - 1, each packed by a thread while the one before is worked on."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
+        ahead: Future[Step] | None = pool.submit(pack, first) if first < last else None
+        for step in range(first, last):
+            assert ahead is not None
+            ready = ahead.result()
+            ahead = pool.submit(pack, step + 1) if step + 1 < last else None
+            yield ready
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,7 @@ class Feed:
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
         """Steps first … last - 1."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
-            ahead: Future[StepBatches] | None = pool.submit(self.step, first) if first < last else None
-            for step in range(first, last):
-                assert ahead is not None
-                ready = ahead.result()
-                ahead = pool.submit(self.step, step + 1) if step + 1 < last else None
-                yield ready
+        return packed_ahead(self.step, first, last)
 
     def step(self, step: int) -> StepBatches:
         """This rank's micro-batches of one step, in pinned host memory for CUDA."""

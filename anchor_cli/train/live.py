@@ -186,6 +186,9 @@ def measurements(newest: Mapping[str, float]) -> Iterable[Text]:
 
     if known(names.D2Q_LOSS, names.Q2D_LOSS):
         yield _named("loss", f"D2Q {newest[names.D2Q_LOSS]:.3f} Q2D {newest[names.Q2D_LOSS]:.3f}")
+    elif known(names.LOSS, names.ACCURACY):
+        yield _named("loss", f"{newest[names.LOSS]:.3f}")
+        yield _named("accuracy", f"{newest[names.ACCURACY]:.3f}")
     if known(names.LEARNING_RATE):
         yield _named("lr", f"{newest[names.LEARNING_RATE]:.1e}")
     if known(_EVAL_SCORE):
@@ -244,9 +247,13 @@ def stop_notice(signal_name: str | None) -> str | None:
 def plain_line(record: Mapping[str, Any], last_step: int, eta_s: float) -> str:
     """One training record as a line for logs and pipes."""
     mfu = f"  MFU {record[names.MFU]:.1%}" if names.MFU in record else ""
+    if names.ACCURACY in record:  # Stage II
+        parts = f"accuracy {record[names.ACCURACY]:.3f}, dropped {record[names.DROPPED_SHARE]:.1%}"
+    else:
+        parts = f"d2q {record[names.D2Q_LOSS]:.4f}, q2d {record[names.Q2D_LOSS]:.4f}"
     return (
         f"step {record[names.STEP]}/{last_step}  epoch {record[names.EPOCH]:.2f}"
-        f"  loss {record[names.LOSS]:.4f} (d2q {record[names.D2Q_LOSS]:.4f}, q2d {record[names.Q2D_LOSS]:.4f})"
+        f"  loss {record[names.LOSS]:.4f} ({parts})"
         f"  lr {record[names.LEARNING_RATE]:.2e}  norm {record[names.GRAD_NORM]:.3f}"
         f"  {record[names.PAIRS_PER_S]:,.1f} pairs/s  {record[names.TOKENS_PER_S]:,.0f} tokens/s{mfu}"
         f"  {record[names.PEAK_MEMORY_GB]:.1f} GB  ETA {clock(eta_s)}"

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from anchor_cli.base import metric_names as names
 from anchor_cli.base.console import say, warn
@@ -18,12 +14,10 @@ from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.text import load_tokenizer
 from anchor_cli.evaluate.embedder import PackedEmbedder
 from anchor_cli.evaluate.evaluate import evaluate, logged
-from anchor_cli.model.packed import PairBatch
 from anchor_cli.processes.signals import StopFlag, stop_agreed
 from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec.schedule import interval_steps
 from anchor_cli.train.deepspeed import NonFiniteGradient
-from anchor_cli.train.feed import StepBatches
 from anchor_cli.train.live import Live
 from anchor_cli.train.metrics_log import MetricsLog, start_trackers
 from anchor_cli.train.run import Run
@@ -131,35 +125,30 @@ class Training:
             hint=remedy if saved else f"the disk could not hold a checkpoint of this step; {remedy}",
         )
 
-    def update_if_kept(self, step: int, ready: StepBatches) -> StepResult | None:
+    def update_if_kept(self, step: int, ready: Any) -> Any:
         """One optimizer update over the step's rows; None for a step of `--skip-step`, which changes nothing."""
         run = self.run
         if step in run.skipped_steps:
             say(f"step {step}: skipped as asked") if run.is_first else None
             return None
         try:
-            return update(run, ready)
+            return run.update(ready)
         except NonFiniteGradient as error:
             raise self.incident(step, ready, error) from error
 
-    def log_if_due(self, step: int, ready: StepBatches, result: StepResult | None) -> None:
+    def log_if_due(self, step: int, ready: Any, result: Any) -> None:
         """A line of metrics.jsonl for step + 1 updates, every logging_steps: losses of this step over all ranks."""
         run, spec, done = self.run, self.run.spec, step + 1
         self.throughput.add(ready)
         if result is None or (done % spec.logging_steps and done != run.last_step):
             return
-        sums = torch.stack([result.d2q_sum, result.q2d_sum]).double().cpu()
-        if run.ranks.cpu_group is not None:
-            dist.all_reduce(sums, group=run.ranks.cpu_group)
+        metrics = run.objective.metrics(result, ready)
         if self.log is None:
             return
-        d2q, q2d = sums[0].item() / max(1, ready.query_targets), sums[1].item() / max(1, ready.document_targets)
         record = {
             names.STEP: done,
             names.EPOCH: run.epoch(done),
-            names.LOSS: spec.d2q_weight * d2q + spec.q2d_weight * q2d,
-            names.D2Q_LOSS: d2q,
-            names.Q2D_LOSS: q2d,
+            **metrics,
             names.LEARNING_RATE: run.learning_rate(step),
             names.GRAD_NORM: float(run.engine.get_global_grad_norm()),
             **self.throughput.record(),
@@ -167,7 +156,7 @@ class Training:
         self.log.write(record)
         self.live.logged(record)
 
-    def incident(self, step: int, ready: StepBatches, error: NonFiniteGradient) -> NonFiniteGradient:
+    def incident(self, step: int, ready: Any, error: NonFiniteGradient) -> NonFiniteGradient:
         """The error of a step that was refused, with its rows in a file."""
         path = self.run.files.incident(step)
         if self.log:
@@ -197,53 +186,6 @@ class Training:
             self.log.event(event, step, **details)
             self.log.close()
         self.live.close()
-
-
-def update(run: Run, ready: StepBatches) -> StepResult:
-    """One optimizer step of a run: its rows, its normalisers, its learning rate."""
-    d2q_scale, q2d_scale = run.target_scales(ready)
-    micro_batches = (batch.to(run.ranks.device) for batch in ready.micro_batches)
-    rate = run.learning_rate(ready.step)
-    return train_step(run.engine, micro_batches, d2q_scale=d2q_scale, q2d_scale=q2d_scale, learning_rate=rate)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Sums over this rank's share of a step, on the device, not waited for."""
-
-    d2q_sum: torch.Tensor
-    q2d_sum: torch.Tensor
-
-
-def train_step(
-    engine: Any, micro_batches: Iterable[PairBatch], *, d2q_scale: float, q2d_scale: float, learning_rate: float
-) -> StepResult:
-    """One optimizer step over this rank's micro-batches: exactly `gradient_accumulation_steps` of them.
-
-    DeepSpeed divides each backward by `gradient_accumulation_steps` and averages over ranks; one factor, world size x
-    accumulation, undoes both, so what it accumulates is the plain sum of micro-batch losses, and those are shares of
-    the step's loss already (tests/test_engine.py and `anchor doctor` compare with one plain backward).
-
-    Args:
-        d2q_scale: weight of one D2Q target in the step's loss: d2q_weight / (D2Q targets of the whole step).
-        q2d_scale: the same for Q2D.
-    Raises:
-        NonFiniteGradient: before any weight has changed.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    undo = engine.world_size * engine.gradient_accumulation_steps()
-    d2q_sum = q2d_sum = torch.zeros((), device=engine.device)
-    for batch in micro_batches:
-        out = engine(batch, d2q_scale, q2d_scale)
-        engine.backward(out.loss * undo)
-        engine.step()
-        d2q_sum, q2d_sum = d2q_sum + out.d2q_sum, q2d_sum + out.q2d_sum
-    # DeepSpeed skips such an update by itself, unless it is told not to look (bf16.check_grad_overflow): then the norm
-    # that `refuse_non_finite` sees stops it.
-    if getattr(engine.optimizer, "overflow", False):
-        raise NonFiniteGradient("the gradient is not finite")
-    return StepResult(d2q_sum, q2d_sum)
 
 
 class StopAsked(Exception):

@@ -28,8 +28,11 @@ from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec.deepspeed import load_ds_config
 from anchor_cli.spec.load import load_spec
 from anchor_cli.spec.spec import RunSpec
+from anchor_cli.train.contrast import Contrast
+from anchor_cli.train.contrast_feed import ContrastFeed
 from anchor_cli.train.deepspeed import start_processes
-from anchor_cli.train.loop import update
+from anchor_cli.train.guide import gather_texts
+from anchor_cli.train.reconstruct import Reconstruction
 from anchor_cli.train.run import Run
 from anchor_cli.train.start import build_run
 
@@ -107,9 +110,10 @@ def replay(run_folder: Path, step: int) -> Replay:
     with progress(f"steps {first} to {step} again", step - first, "steps") as done:
         for ready in run.feed.steps(first, step):
             if ready.step not in run.skipped_steps:
-                update(run, ready)
+                run.update(ready)
             done.advance()
-    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, look(run, as_cut(run, step)))
+    found = look(run, as_cut(run, step)) if spec.stage == "I" else look_at_texts(run, step)
+    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, found)
 
 
 def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
@@ -130,14 +134,19 @@ def world_size_of(run_folder: Path) -> int:
 
 def as_cut(run: Run, step: int) -> StepRows:
     """The step's micro-batches as the run cut them when its checkpoint was written, else as one process does."""
-    cut = {key: run.state[key] for key in ("world_size", "num_micro_batches") if key in run.state}
-    return replace(run.plan, **cut).step(step)
+    return replace(run.plan, **cut_of(run)).step(step)
+
+
+def cut_of(run: Run) -> dict[str, Any]:
+    """What the checkpoint says of ranks and micro-batches."""
+    return {key: run.state[key] for key in ("world_size", "num_micro_batches") if key in run.state}
 
 
 def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
     """Every micro-batch of a step alone; the rows of those that are not finite."""
     ready = run.feed.step(step.step)
-    weights = run.target_scales(ready)
+    assert isinstance(run.objective, Reconstruction)
+    weights = run.objective.scales(ready)
     found = []
     for rank, micro_batches in enumerate(step.micro_batches):
         for index, rows in enumerate(micro_batches):
@@ -162,11 +171,57 @@ def alone(run: Run, rows: npt.NDArray[np.int64], weights: tuple[float, float]) -
     The gradient is taken with `torch.autograd.grad`, which passes by DeepSpeed's hooks: its buffers stay as they are.
     """
     batch = run.feed.pack(rows).to(run.ranks.device)
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    parameters = trained(run)
     out = run.model(batch, *weights)
-    gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True)
-    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-    norm = torch.stack(norms).norm() if norms else torch.zeros(())
+    norm = gradient_norm(out.loss, parameters)
     count = batch.num_query_targets
     means = float(out.d2q_sum) / max(1, count), float(out.q2d_sum) / max(1, len(batch.target_ids) - count)
-    return *means, float(out.loss.detach()), float(norm)
+    return *means, float(out.loss.detach()), norm
+
+
+def look_at_texts(run: Run, step: int) -> list[MicroBatchFinding]:
+    """Stage II: every micro-batch of texts alone, under the gradient of the step's loss by their embeddings.
+
+    `loss` is that of the whole step: a micro-batch has no share of it. Non-finite rows are those of texts whose
+    embedding, or the gradient by it, is not finite.
+    """
+    assert isinstance(run.objective, Contrast)
+    feed: ContrastFeed = run.feed
+    cut = {"world_size": run.plan.world_size, "num_micro_batches": run.plan.num_micro_batches} | cut_of(run)
+    texts, members = feed.divide(run.plan.rows_of(step), cut["world_size"], cut["num_micro_batches"])
+    every = [batch for of_rank in members for batch in of_rank]
+    with torch.no_grad():
+        parts = [run.model(feed.pack(texts, batch).to(run.ranks.device))[: len(batch)] for batch in every]
+    embeddings = gather_texts(torch.cat(parts), [np.concatenate(every)], run.ranks)
+    loss, by_embedding, _ = run.objective.loss(embeddings, texts)
+    finite = (torch.isfinite(embeddings) & torch.isfinite(by_embedding)).all(dim=1).cpu().numpy()
+    found = []
+    for rank, of_rank in enumerate(members):
+        for index, batch in enumerate(of_rank):
+            encoded = run.model(feed.pack(texts, batch).to(run.ranks.device))[: len(batch)]
+            weights = by_embedding[torch.from_numpy(batch).to(run.ranks.device)]
+            norm = gradient_norm((encoded.to(weights.dtype) * weights).sum(), trained(run))
+            rows = sorted({texts.places[text][0] for text in batch.tolist()})
+            bad = sorted({texts.places[text][0] for text in batch[~finite[batch]].tolist()})
+            lines = [text_finding(run, row) for row in bad]
+            good = not bad and math.isfinite(norm) and math.isfinite(float(loss))
+            found.append(MicroBatchFinding(rank, index, rows, float(loss), norm, good, lines))
+    return found
+
+
+def text_finding(run: Run, row: int) -> RowFinding:
+    """A row with a text that is not finite."""
+    query, document, _ = run.pairs.texts(row)
+    return RowFinding(row, math.nan, math.nan, math.nan, False, query[:80], document[:80])
+
+
+def trained(run: Run) -> list[torch.nn.Parameter]:
+    """The run's weights."""
+    return [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+
+
+def gradient_norm(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> float:
+    """L2 norm of the gradient. `torch.autograd.grad` passes by DeepSpeed's hooks: its buffers stay as they are."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0

@@ -13,11 +13,11 @@ from anchor_cli.base.contract import TextContract
 from anchor_cli.base.runs import RunFolder
 from anchor_cli.data.batches import BatchPlan
 from anchor_cli.data.pairs import PreparedPairs
-from anchor_cli.model.reconstruction import ReconstructionModel, target_scales
+from anchor_cli.model.encoder import PackedEncoder
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec import schedule
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.feed import Feed, StepBatches
+from anchor_cli.train.objective import Objective
 
 
 @dataclass
@@ -31,7 +31,9 @@ class Run:
     plan: BatchPlan
     engine: Any
     optimizer: torch.optim.Optimizer
-    feed: Feed
+    objective: Objective
+    feed: Any
+    """Packs the objective's steps."""
     kernel: str
     liger: bool
     raw_ds_config: dict[str, Any]
@@ -61,8 +63,8 @@ class Run:
         return self.ranks.rank == 0
 
     @property
-    def model(self) -> ReconstructionModel:
-        module: ReconstructionModel = self.engine.module
+    def model(self) -> PackedEncoder:
+        module: PackedEncoder = self.engine.module
         return module
 
     @property
@@ -91,10 +93,9 @@ class Run:
             elif self.is_first:
                 warn(f"--skip-step {step}: nothing to skip, the run continues at step {self.first_step}")
 
-    def target_scales(self, step: StepBatches) -> tuple[float, float]:
-        """Weight of one D2Q and one Q2D target in the step's loss."""
-        spec = self.spec
-        return target_scales(spec.d2q_weight, spec.q2d_weight, step.query_targets, step.document_targets)
+    def update(self, ready: Any) -> Any:
+        """One optimizer step: its rows, its learning rate. Raises NonFiniteGradient before any weight has changed."""
+        return self.objective.update(self.engine, ready, self.learning_rate(ready.step))
 
     def learning_rate(self, step: int) -> float:
         spec = self.spec

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,13 +14,11 @@ from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.runs import lock_run
-from anchor_cli.data.batches import BatchPlan, make_plan
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for, require_contract_of, training_pairs
 from anchor_cli.model.attention import choose_kernel, memory_kind
 from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone
 from anchor_cli.model.liger import decide_liger
-from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan.budget import Budget, choose_budget
 from anchor_cli.plan.inputs import shape_of
 from anchor_cli.plan.zero import state_options
@@ -31,8 +28,7 @@ from anchor_cli.spec import schedule
 from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import NOT_OF_THE_RESULT, RunSpec
 from anchor_cli.train.deepspeed import build_engine
-from anchor_cli.train.feed import Feed
-from anchor_cli.train.loop import train_step
+from anchor_cli.train.objective import objective_of
 from anchor_cli.train.optimizer_state import load_optimizer_state
 from anchor_cli.train.run import Run
 from anchor_cli.train.saving import sweep_partials
@@ -133,18 +129,21 @@ def build_run(
     raw = load_ds_config(spec.deepspeed, spec_folder)
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
-    budget = budget_of(spec, pairs, ranks, raw, kernel)
-    plan = plan_of(spec, pairs, state.get("global_batch_size", spec.global_batch(ranks.world_size)), ranks, budget)
+    objective = objective_of(spec, contract, pairs, ranks)
+    budget = budget_of(spec, objective.longest, ranks, raw, kernel)
+    global_batch = state.get("global_batch_size", spec.global_batch(ranks.world_size))
+    total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
+    plan = objective.plan(global_batch, budget.tokens, total)
     watchdog.phase("start-up (model)", None)
     language_model = load_backbone(
         checkpoint or spec.model_name_or_path,
         dtype=dtype,
         gradient_checkpointing=budget.checkpointing,
         max_seq_length=contract.max_seq_length,
-        reconstructs=True,
+        reconstructs=spec.stage == "I",
     )
     liger = decide_liger(spec.liger, spec.model_name_or_path, ranks.device) and apply_liger(language_model)
-    model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=contract.pooling_mode)
+    model = objective.module(language_model, kernel, contract.pooling_mode)
     model.train()
     if spec.torch_compile:
         compile_layers(language_model)
@@ -157,8 +156,8 @@ def build_run(
         world_size=ranks.world_size,
     )
     engine, optimizer = build_engine(model, spec, ds_config, ranks.device)
-    feed = Feed(pairs, plan, ranks.rank, spec.reconstruction_targets, ranks.device)
-    made = (spec, ranks, contract, pairs, plan, engine, optimizer, feed, kernel, liger, raw, budget.tokens)
+    feed = objective.feed(plan)
+    made = (spec, ranks, contract, pairs, plan, engine, optimizer, objective, feed, kernel, liger, raw, budget.tokens)
     run = Run(*made, checkpoint=checkpoint, state=state)
     if checkpoint is not None:
         watchdog.phase("start-up (optimizer state)", None)
@@ -166,9 +165,8 @@ def build_run(
     return run
 
 
-def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict[str, Any], kernel: str) -> Budget:
+def budget_of(spec: RunSpec, longest: int, ranks: Ranks, ds_config: dict[str, Any], kernel: str) -> Budget:
     """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
-    longest = int((pairs.query_lengths + pairs.document_lengths).max())
     options = state_options(spec, ds_config, ranks.world_size)
     if ranks.device.type != "cuda":
         return choose_budget(spec, None, options, None, longest)
@@ -181,20 +179,6 @@ def budget_of(spec: RunSpec, pairs: PreparedPairs, ranks: Ranks, ds_config: dict
     return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, liger=liger)
 
 
-def plan_of(spec: RunSpec, pairs: PreparedPairs, global_batch_size: int, ranks: Ranks, budget: Budget) -> BatchPlan:
-    """The plan of the whole run under a token budget."""
-    row_lengths = pairs.query_lengths + pairs.document_lengths
-    total = schedule.total_steps(len(row_lengths), global_batch_size, spec.num_train_epochs, spec.max_steps)
-    return make_plan(
-        row_lengths,
-        seed=spec.seed,
-        global_batch_size=global_batch_size,
-        world_size=ranks.world_size,
-        token_budget=budget.tokens,
-        total_steps=total,
-    )
-
-
 def restore(run: Run, checkpoint: Path) -> None:
     """Continue exactly: one step at learning rate 0 makes the optimizer's state exist, then it is replaced.
 
@@ -202,9 +186,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     """
     updates = run.updates_before(run.first_step)
     if updates:
-        one = run.feed.pack(np.array([int(np.argmin(run.plan.row_lengths))]))
-        micro_batches = [one.to(run.ranks.device)] * run.plan.num_micro_batches
-        train_step(run.engine, micro_batches, d2q_scale=1e-3, q2d_scale=1e-3, learning_rate=0.0)
+        run.objective.update(run.engine, run.objective.smallest_step(run.plan), learning_rate=0.0)
         load_optimizer_state(run.engine, run.optimizer, checkpoint, updates)
     if run.is_first:
         before, now = run.state["world_size"], run.ranks.world_size

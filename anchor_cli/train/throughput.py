@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import resource
 import time
+from typing import Any
 
 import torch
 
 from anchor_cli.base import metric_names as names
-from anchor_cli.plan.flops import ModelShape, objective_flops
+from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import gpu_of_device_name
-from anchor_cli.train.feed import StepBatches
 from anchor_cli.train.run import Run
 
 
@@ -29,14 +29,12 @@ class Throughput:
         """Begin a new window now."""
         self._start, self._pairs, self._tokens, self._flops = time.monotonic(), 0, 0, 0
 
-    def add(self, step: StepBatches) -> None:
+    def add(self, step: Any) -> None:
         """Count a step."""
         self._pairs += len(step.rows)
         self._tokens += step.tokens
         if self._peak_flops:
-            pairs, num_targets = self._run.pairs, step.query_targets + step.document_targets
-            lengths = pairs.query_lengths[step.rows], pairs.document_lengths[step.rows]
-            self._flops += objective_flops(self._shape, *lengths, num_targets)
+            self._flops += self._run.objective.flops(self._shape, step)
 
     def record(self) -> dict[str, float]:
         """The window under the names of metrics.jsonl; MFU where the card's peak is known. Begins a new one."""
