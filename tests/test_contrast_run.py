@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anchor_cli.commands.cli import run as anchor
 from faults.harness import (
     assert_bitwise,
     environment,
@@ -23,7 +24,6 @@ from faults.test_kills import kill_and_continue
 from test_contrast_engine import triples
 
 from anchor_cli.base import metric_names as names
-from anchor_cli.commands.cli import run as anchor
 
 RECIPE = {
     "stage": "II",
