@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from export_fixtures import make_checkpoint, make_contract
+from test_suites import write_repository as write_tables
 
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.data.benchmarks.hub_sets import RetrievalSet
+from anchor_cli.data.benchmarks.suites import KURE
 from anchor_cli.evaluate.embedder import load_embedder
 from anchor_cli.evaluate.evaluate import evaluate
 from anchor_cli.export.export import export
@@ -75,6 +79,77 @@ def test_mteb_with_an_export_scores_as_anchor_eval(
     assert scores["mrr_at_10"] == pytest.approx(ours["mrr@10"], abs=0.51e-5)
     assert unrounded(folder, tmp_path / "set") == pytest.approx(ours["ndcg@10"], abs=1e-6)
     assert abs(ours["ndcg@10"] - other["ndcg@10"]) > 1e-3  # the other language's instruction would be seen
+
+
+KURE_SUBSETS = {
+    "MIRACLRetrieval": "ko",
+    "PublicHealthQA": "korean",
+    "BelebeleRetrieval": "kor_Hang-kor_Hang",
+    "MrTidyRetrieval": "korean",
+    "MultiLongDocRetrieval": "ko",
+    "XPQARetrieval": "kor-kor",
+}
+
+
+def kure_repository(folder: Path, entry: RetrievalSet) -> None:
+    """A repository in the layout that mteb's own task of this name reads, in the split and part that ours names."""
+    write_repository(folder / "plain")
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "plain" / name / "test.jsonl").read_text().splitlines()]
+
+    corpus, queries, qrels = rows("corpus"), rows("queries"), rows("default")
+    tables: dict[tuple[str, str], list[dict[str, Any]]]
+    if entry.columns:
+        texts = {row["_id"]: row["text"] for row in corpus}
+        asked = {row["_id"]: row["text"] for row in queries}
+        table = [
+            {
+                "question": asked[row["query-id"]],
+                "answer": texts[row["corpus-id"]],
+                "flores_passage": texts[row["corpus-id"]],
+                "link": row["corpus-id"],
+            }
+            for row in qrels
+        ]
+        tables = {(str(entry.part), entry.split): table}
+    else:
+        prefix = "" if entry.part is None else f"{entry.part}-"
+        judgements = "default" if entry.part is None else "qrels"
+        corpus_split = "train" if entry.name == "MrTidyRetrieval" else entry.split
+        tables = {
+            (f"{prefix}corpus", corpus_split): corpus,
+            (f"{prefix}queries", entry.split): queries,
+            (f"{prefix}{judgements}", entry.split): qrels,
+        }
+    write_tables(folder / f"copy-of-{entry.name}", tables, parquet=True)
+
+
+@pytest.mark.parametrize("entry", KURE, ids=lambda entry: entry.name)
+def test_the_sets_of_the_suite_are_those_of_mtebs_tasks(entry: RetrievalSet, exported: Path, tmp_path: Path) -> None:
+    """Repository, revision and score of every set of `kure`: mteb's task of that name on a copy of the layout."""
+    mteb = pytest.importorskip("mteb")
+    sys.path.insert(0, str(EXAMPLES))
+    from mteb_export import load
+
+    name = entry.name.removesuffix("-dev").removesuffix("-test") if "LongDoc" in entry.name else entry.name
+    subsets = [KURE_SUBSETS[name]] if name in KURE_SUBSETS else None
+    task = mteb.get_task(name, hf_subsets=subsets, eval_splits=[entry.split])
+    assert task.metadata.dataset["path"] == entry.source
+    assert task.metadata.dataset["revision"] == (entry.revision or "main")
+    assert task.ignore_identical_ids == entry.ignore_identical_ids
+    kure_repository(tmp_path, entry)
+    copy = str(tmp_path / f"copy-of-{entry.name}")
+    task.metadata = task.metadata.model_copy(update={"dataset": {"path": copy, "revision": "main"}})
+    model = load(str(exported), [task], device="cpu")
+    folder = tmp_path / "predictions"
+    result = mteb.evaluate(model, [task], cache=None, prediction_folder=folder, encode_kwargs={"batch_size": 8})
+    [scores] = result.task_results[0].scores[entry.split]
+    benchmark = replace(entry, source=copy, revision=None).read()
+    ours = evaluate(load_embedder(exported, device="cpu"), [benchmark])["avg"]
+    assert scores["ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=0.51e-5)
+    assert scores["mrr_at_10"] == pytest.approx(ours["mrr@10"], abs=0.51e-5)
+    assert 0.02 < ours["ndcg@10"] < 0.98
 
 
 def unrounded(predictions: Path, repository: Path) -> float:
