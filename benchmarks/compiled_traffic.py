@@ -117,6 +117,7 @@ def compiled_kernels(shape: dict[str, Any], tokens: int) -> dict[str, list[Kerne
     from anchor_cli.model.backbone import compile_layers
     from anchor_cli.model.packed import pack_texts
     from anchor_cli.model.reconstruction import ReconstructionModel
+    from anchor_cli.model.rotary_kernel import fuse_queries_and_keys
 
     pretend_h100()
     register()
@@ -140,6 +141,7 @@ def compiled_kernels(shape: dict[str, Any], tokens: int) -> dict[str, list[Kerne
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
     ):
+        fuse_queries_and_keys(model.language_model)
         compile_layers(model.language_model, backend=backend("layer"))
         model.language_model.get_decoder().norm.compile(backend=backend("norm"))
         embed = model.language_model.get_input_embeddings()
