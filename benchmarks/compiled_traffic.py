@@ -154,7 +154,7 @@ def compiled_traffic(shape: dict[str, Any], tokens: int) -> dict[str, tuple[floa
     """Part -> (bytes, launches) of everything but matrix products, one pass over `tokens` tokens."""
     made = {}
     for part, kernels in compiled_kernels(shape, tokens).items():
-        others = [moved for _, is_product, moved in kernels if not is_product]
+        others = [moved for _, is_product, moved in kernels if not is_product and moved]  # 0: a view of an output
         made[part] = float(sum(others)), len(others)
     return made
 

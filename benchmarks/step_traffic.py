@@ -282,12 +282,17 @@ def step_traffic(path: str, batch: PairBatch) -> Traffic:
     if path == "compile":
         from compiled_traffic import compiled_traffic
 
+        from anchor_cli.model.rotary_kernel import ROWS
+
         tokens = len(batch.texts.input_ids), len(batch.recon.input_ids)
         fused, passes = compiled_traffic(QWEN3_0_6B, tokens[0]), sum(tokens) / tokens[0]
         # both passes; and autograd's own sum of the two gradients of a layer's input, which no graph sees
         gradient_sum = 3 * 2 * tokens[0] * QWEN3_0_6B["hidden_size"]  # type: ignore[operator]
-        layer.bytes["elementwise"] = passes * (fused["layer"][0] + gradient_sum)
-        layer.launches["elementwise"] = 2 * (fused["layer"][1] + 1)
+        # and what norm_rotate_backward adds up outside: a row of d fp32 values a program, written and read
+        rows = tokens[0] * (QWEN3_0_6B["num_attention_heads"] + QWEN3_0_6B["num_key_value_heads"])  # type: ignore[operator]
+        partial_sums = 2 * 4 * QWEN3_0_6B["head_dim"] * rows / ROWS  # type: ignore[operator]
+        layer.bytes["elementwise"] = passes * (fused["layer"][0] + gradient_sum + partial_sums)
+        layer.launches["elementwise"] = 2 * (fused["layer"][1] + 1 + 2)
         rest.bytes["elementwise"] += passes * fused["norm"][0]
         rest.launches["elementwise"] += 2 * fused["norm"][1]
         layer.operators.clear()
@@ -319,8 +324,13 @@ def estimate(
     )
     seconds["between launches"] = launches * rates.launch_s
     total = sum(seconds.values())
-    return {"milliseconds": {k: v * 1e3 for k, v in seconds.items()}, "step_ms": total * 1e3,
-            "estimated_mfu": useful / (total * rates.peak_tflops * 1e12)}  # fmt: skip
+    work = useful / (rates.peak_tflops * 1e12)
+    return {
+        "milliseconds": {part: value * 1e3 for part, value in seconds.items()},
+        "step_ms": total * 1e3,
+        "estimated_mfu": work / total,
+        "estimated_mfu_without_network": work / (total - seconds["network"]),
+    }
 
 
 def report(path: str, config: str) -> dict[str, Any]:

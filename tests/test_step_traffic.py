@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-ELEMENTWISE_GB = 133  # counted 132.9; the goal is 130
-ESTIMATED_MFU = 0.435  # estimated 0.439 on two cards; the goal is 0.45
+ESTIMATED_MFU = 0.44  # estimated 0.446 with the network of two cards, 0.461 without; the goal is 0.45
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -75,7 +74,7 @@ def test_the_engine_makes_the_device_wait_for_nothing_in_a_micro_batch() -> None
 def test_the_default_path_on_cuda_meets_its_goals() -> None:
     pytest.importorskip("triton", reason="triton is not installed: inductor does not lower for CUDA")
     found = printed("benchmarks/step_traffic.py", "--json")
-    assert found["elementwise_gb"] <= ELEMENTWISE_GB
+    assert found["elementwise_gb"] <= 130
     assert found["softmax_gb"] <= 25
     assert found["device_syncs_per_micro_batch"] == 0 and found["boundary_launches"] <= 700
     assert found["estimated_mfu"] >= ESTIMATED_MFU

@@ -167,8 +167,9 @@ class RunSpec(BaseModel):
     `varlen_fa3` and `varlen_fa4` are PyTorch's, routed to flash-attn 3 or 4 (torch >= 2.13)."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass to save memory. `auto`: only when they would not fit."""
-    torch_compile: bool = False
-    """Compile the model's blocks with `torch.compile`."""
+    torch_compile: bool | Literal["auto"] = "auto"
+    """Compile the model's layers with `torch.compile`. `auto`: on GPUs where Triton kernels can be built, unless
+    `liger` is true."""
     liger: bool | Literal["auto"] = "auto"
     """Liger's fused norms, rotary embedding and SwiGLU. `auto`: on GPUs, where it is installed, knows the model and its
     kernels run on this host; `true`: an error where they do not. Not used on a CPU."""

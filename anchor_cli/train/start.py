@@ -17,8 +17,8 @@ from anchor_cli.base.runs import lock_run
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for, require_contract_of, training_pairs
 from anchor_cli.model.attention import choose_kernel, memory_kind
-from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone
-from anchor_cli.model.liger import decide_liger
+from anchor_cli.model.backbone import load_backbone
+from anchor_cli.model.fusing import decide_fusing, fuse
 from anchor_cli.plan.budget import Budget, choose_budget
 from anchor_cli.plan.inputs import shape_of
 from anchor_cli.plan.zero import state_options
@@ -130,7 +130,8 @@ def build_run(
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     objective = objective_of(spec, contract, pairs, ranks)
-    budget = budget_of(spec, objective.longest, ranks, raw, kernel)
+    fusing = decide_fusing(spec.torch_compile, spec.liger, spec.model_name_or_path, ranks.device, dtype)
+    budget = budget_of(spec, objective.longest, ranks, raw, kernel, liger=fusing[1])
     global_batch = state.get("global_batch_size", spec.global_batch(ranks.world_size))
     total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
     plan = objective.plan(global_batch, budget.tokens, total)
@@ -142,11 +143,9 @@ def build_run(
         max_seq_length=contract.max_seq_length,
         reconstructs=spec.stage == "I",
     )
-    liger = decide_liger(spec.liger, spec.model_name_or_path, ranks.device) and apply_liger(language_model)
+    liger = fuse(language_model, *fusing, ranks.device, dtype)
     model = objective.module(language_model, kernel, contract.pooling_mode)
     model.train()
-    if spec.torch_compile:
-        compile_layers(language_model)
     watchdog.phase("start-up (engine)", None)
     ds_config = resolve_ds_config(
         raw,
@@ -165,7 +164,9 @@ def build_run(
     return run
 
 
-def budget_of(spec: RunSpec, longest: int, ranks: Ranks, ds_config: dict[str, Any], kernel: str) -> Budget:
+def budget_of(
+    spec: RunSpec, longest: int, ranks: Ranks, ds_config: dict[str, Any], kernel: str, *, liger: bool
+) -> Budget:
     """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
     options = state_options(spec, ds_config, ranks.world_size)
     if ranks.device.type != "cuda":
@@ -174,7 +175,6 @@ def budget_of(spec: RunSpec, longest: int, ranks: Ranks, ds_config: dict[str, An
     if ranks.cpu_group is not None:
         dist.all_reduce(free, op=dist.ReduceOp.MIN, group=ranks.cpu_group)
     shape, _ = shape_of(spec.model_name_or_path)
-    liger = decide_liger(spec.liger, spec.model_name_or_path, ranks.device)
     kind = memory_kind(kernel)
     return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, liger=liger)
 

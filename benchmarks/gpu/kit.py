@@ -95,14 +95,14 @@ def model_folder(folder: Path, *, small: bool) -> Path:
     return folder
 
 
-def pairs_file(path: Path, count: int, longest: int) -> Path:
-    """JSON lines of `anchor` and `positive`, documents of varying length (about one token a word)."""
+def pairs_file(path: Path, count: int, longest: int, names: tuple[str, str] = ("anchor", "positive")) -> Path:
+    """JSON lines of two columns, documents of varying length (about one token a word)."""
     if not path.exists():
         chance = np.random.default_rng(2)
         with path.open("w", encoding="utf-8") as file:
             for index, (query, document) in enumerate(lengths(count, longest)):
                 texts = [" ".join([*chance.choice(WORDS, max(1, int(n) // 2)), str(index)]) for n in (query, document)]
-                file.write(json.dumps({"anchor": texts[0], "positive": texts[1]}) + "\n")
+                file.write(json.dumps(dict(zip(names, texts, strict=True))) + "\n")
     return path
 
 

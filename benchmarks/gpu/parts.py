@@ -315,14 +315,14 @@ def padded(setting: Setting) -> dict[str, Any]:
     script = Path(__file__).parents[1] / "train_throughput.py"
     rows, length, size = (2, 48, ["--hidden", "64", "--layers", "1"]) if setting.dry else (16, 512, ["--full-size"])
     file = setting.scratch / "padded.json"
-    data = pairs_file(setting.scratch / "pairs.jsonl", 64 if setting.dry else 4096, length)
+    data = pairs_file(setting.scratch / "rows.jsonl", 64, length, ("query", "document"))
     done = subprocess.run(
         [sys.executable, str(script), "--data", str(data), "--tokenizer", str(setting.model()), "--rows", str(rows),
          "--max-seq-length", str(length), "--steps", "1", "--repeats", "1", "--no-memory", "--json", str(file), *size],
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode or not file.exists():
-        return {"failed": (done.stdout + done.stderr)[-500:]}
+        raise SystemExit(f"train_throughput.py: {(done.stdout + done.stderr)[-400:]}".replace("\n", " | "))
     return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 

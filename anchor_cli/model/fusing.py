@@ -1,0 +1,61 @@
+"""How the small operators of a layer are fused on CUDA: by torch.compile, else by Liger, else not at all, said aloud.
+
+Counted for Qwen3-0.6B and a micro-batch of 16,384 tokens (benchmarks/step_traffic.py; unmeasured on a card): norms,
+rotation, SwiGLU and sums move 875 GB in 8,017 launches as transformers' layers have them, some 160 GB with Liger,
+121 GB in some 1,100 launches compiled and with our kernel for queries and keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from anchor_cli.base.console import warn
+from anchor_cli.model.backbone import apply_liger, compile_layers
+from anchor_cli.model.liger import decide_liger
+from anchor_cli.model.output_layer import kernel_works
+
+Fusing = Literal["torch_compile", "liger", "none"]
+
+
+def decide_fusing(
+    torch_compile: bool | Literal["auto"],
+    liger: bool | Literal["auto"],
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[bool, bool]:
+    """(torch.compile, Liger) of this run, before a model is loaded. `auto` takes one of the two on CUDA, none on a CPU.
+
+    torch.compile is the first choice by the counts above, where a trial shows that Triton kernels can be built here.
+
+    Raises:
+        InputError: `liger: true`, and it cannot.
+    """
+    on_cuda = device.type == "cuda"
+    compiled = torch_compile is True
+    if torch_compile == "auto" and on_cuda and liger is not True:
+        compiled = kernel_works(device, dtype)
+    use_liger = decide_liger(False if compiled and liger == "auto" else liger, model, device)
+    if on_cuda and not compiled and not use_liger:
+        warn(
+            "neither torch.compile nor Liger fuses the layers here: norms, rotation and SwiGLU move about 7 times the"
+            " memory, and a step takes about twice as long (anchor doctor says what is missing)"
+        )
+    return compiled, use_liger
+
+
+def fuse(model: PreTrainedModel, compiled: bool, liger: bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Apply what was decided, and our kernel for queries and keys where it runs. True where Liger was applied."""
+    applied = liger and apply_liger(model)
+    if device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+        from anchor_cli.model.rotary_kernel import fuse_queries_and_keys, works
+
+        if works(device, dtype):
+            fuse_queries_and_keys(model)
+    if compiled:
+        compile_layers(model)
+    return applied

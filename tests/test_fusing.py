@@ -1,0 +1,43 @@
+"""Which way the layers are fused, decided before a model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from anchor_cli.model import fusing
+from anchor_cli.model.fusing import decide_fusing
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("torch_compile", "liger", "triton_works", "liger_works", "want"),
+    [
+        ("auto", "auto", True, True, (True, False)),  # by the counted bytes
+        ("auto", "auto", False, True, (False, True)),
+        ("auto", True, True, True, (False, True)),
+        (True, True, True, True, (True, True)),
+        (False, "auto", True, True, (False, True)),
+        (True, "auto", False, True, (True, False)),
+        (False, False, True, True, (False, False)),
+        ("auto", "auto", False, False, (False, False)),
+    ],
+)
+def test_one_of_the_two_fuses_on_cuda(
+    torch_compile: Any, liger: Any, triton_works: bool, liger_works: bool, want: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fusing, "kernel_works", lambda device, dtype: triton_works)
+    monkeypatch.setattr(fusing, "decide_liger", lambda choice, model, device: choice is not False and liger_works)
+    assert decide_fusing(torch_compile, liger, "model", CUDA, torch.bfloat16) == want
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("a step takes about twice as long" in said) == (want == (False, False))
+
+
+def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert decide_fusing("auto", "auto", "model", CPU, torch.float32) == (False, False)
+    assert decide_fusing(True, "auto", "model", CPU, torch.float32) == (True, False)
+    assert not capsys.readouterr().err
