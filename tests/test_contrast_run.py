@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anchor_cli.commands.cli import run as anchor
 from faults.harness import (
     assert_bitwise,
     environment,
@@ -24,6 +23,7 @@ from faults.test_kills import kill_and_continue
 from test_contrast_engine import triples
 
 from anchor_cli.base import metric_names as names
+from anchor_cli.cli import run as anchor
 
 RECIPE = {
     "stage": "II",

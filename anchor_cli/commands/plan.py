@@ -111,14 +111,23 @@ def _work(made: Estimate) -> list[tuple[str, str]]:
     ends = "" if steps.last_step == steps.total_steps else f", ending at step {steps.last_step:,}"
     truncated = "" if tokens.truncated_share is None else f"; {tokens.truncated_share:.1%} of the pairs truncated"
     switch = "on" if cut.gradient_checkpointing else "off"
+    pair, work = ("pair", made.contrast) if made.contrast is None else ("text", made.contrast)
+    texts = [] if work is None else [
+        ("texts", f"{work.texts_per_step:,} a step: {steps.global_batch_size:,} rows with {work.mean_negatives:.1f} "
+                  f"negatives on average; blocks of {work.block_rows:,} rows, {work.candidates:,} candidates a query"),
+        ("loss", f"{work.gathered_bytes / GB:.2f} GB of embeddings gathered by each rank a step, "
+                 f"{work.loss_bytes / GB:.1f} GB of memory, {work.loss_tflop:.2f} TFLOP on every rank; texts are "
+                 f"encoded {'twice' if work.encoded_twice else 'once'}"),
+    ]  # fmt: skip
     return [
         ("data", f"{steps.num_rows:,} pairs, {tokens.source}"),
         ("steps", f"{steps.steps_per_epoch:,} an epoch, {steps.total_steps:,} in all{ends}; "
                   f"{steps.global_batch_size} pairs a step, warm-up {steps.warmup_steps:,}, "
                   f"{steps.rows_dropped_per_epoch} pairs left over an epoch"),
-        ("tokens", f"query {tokens.mean_query:.0f}, document {tokens.mean_document:.0f} on average, longest pair "
+        ("tokens", f"query {tokens.mean_query:.0f}, document {tokens.mean_document:.0f} on average, longest {pair} "
                    f"{tokens.longest_row:,}; {tokens.per_step:,.0f} a step, "
                    f"{tokens.whole_run / 1e6:,.0f} million in all{truncated}"),
+        *texts,
         ("micro-batches", f"{cut.micro_batches_per_step} a step on each rank, up to {cut.heaviest_tokens:,} tokens "
                           f"(budget {cut.token_budget:,}: {cut.budget_source})"),
         ("checkpointing", f"{switch} ({cut.checkpointing_source})"),

@@ -34,6 +34,7 @@ def choose_budget(
     *,
     kernel: str | None = None,
     liger: bool = False,
+    loss_bytes: float = 0.0,
 ) -> Budget:
     """The spec's values; where it leaves the choice, what fits into `device_bytes` (None: a CPU).
 
@@ -48,8 +49,11 @@ def choose_budget(
         return Budget(tokens, source, checkpointing, why if mode != "auto" else "auto: off on a CPU")
     if kernel is None:
         kernel = expected_kernel(spec)
+    first = spec.stage == "I"
     fitting = {
-        recompute: largest_budget(shape, options, LayerOptions(recompute, kernel, liger), device_bytes)
+        recompute: largest_budget(
+            shape, options, LayerOptions(recompute, kernel, liger, first, loss_bytes), device_bytes
+        )
         for recompute in (False, True)
     }
     if mode == "auto":

@@ -6,7 +6,7 @@ on a named assumption, which can be replaced by a measurement (`--mfu`, `--token
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from anchor_cli.data.batches import epoch_order, fill_bins, make_plan
 from anchor_cli.plan import flops
 from anchor_cli.plan import memory as memory_model
 from anchor_cli.plan.budget import choose_budget, expected_kernel
+from anchor_cli.plan.contrast import ContrastWork, Negatives, assumed_negatives, loss_bytes, work_of
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import Gpu
 from anchor_cli.plan.memory import LayerOptions, Memory
@@ -32,6 +33,8 @@ ASSUMED_MEAN_SHARE = 0.72
 """Mean document length over max_seq_length where no data are at hand (9,827 Korean and English rows at 512: 367)."""
 ASSUMED_QUERY_TOKENS = 42
 """Mean query length with KURE's instruction (measured on 9,827 rows)."""
+FP32_TFLOPS = 20.0
+"""Rate of the float32 loss of Stage II on a card; assumption, a third of an H100's."""
 CHECKPOINT_REST_BYTES = 32 * 2**20
 """Tokenizer, configs, manifest of a checkpoint (measured: 11 MB of tokenizer; rounded up)."""
 
@@ -45,6 +48,8 @@ class Rows:
     num_targets: int
     truncated_share: float | None
     source: str
+    negatives: Negatives | None = None
+    """Of Stage II."""
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +141,8 @@ class Estimate:
     device_bytes: float | None
     time: Time | None
     disk: Disk
+    contrast: ContrastWork | None = None
+    """Of Stage II."""
 
     def as_dict(self) -> dict[str, Any]:
         made = asdict(self)
@@ -152,7 +159,8 @@ def assumed_rows(num_rows: int, spec: RunSpec) -> Rows:
     queries = np.full(num_rows, min(ASSUMED_QUERY_TOKENS, spec.max_seq_length), dtype=np.int32)
     targets = int(queries.sum(dtype=np.int64) + lengths.sum(dtype=np.int64)) - 2 * num_rows
     source = f"assumed: queries of {ASSUMED_QUERY_TOKENS}, documents of {document} tokens on average"
-    return Rows(queries, lengths, targets, None, source)
+    negatives = assumed_negatives(num_rows, document, spec) if spec.stage == "II" else None
+    return Rows(queries, lengths, targets, None, source, negatives)
 
 
 def estimate(
@@ -170,6 +178,8 @@ def estimate(
     Raises:
         InputError: fewer rows than one global batch, or a token budget that cannot hold a row.
     """
+    if spec.stage == "II":
+        return estimate_contrast(spec, shape, rows, hardware, ds_config, throughput, liger=liger)
     world = hardware.num_gpus
     steps = steps_of(spec, rows.num_rows, world)
     options = state_options(spec, ds_config, world)
@@ -189,6 +199,85 @@ def estimate(
         time=time_of(shape, rows, steps, cut, hardware, options, throughput),
         disk=disk_of(spec, shape, steps),
     )
+
+
+def estimate_contrast(
+    spec: RunSpec,
+    shape: ModelShape,
+    rows: Rows,
+    hardware: Hardware,
+    ds_config: dict[str, Any],
+    throughput: Throughput,
+    *,
+    liger: bool,
+) -> Estimate:
+    """`estimate` of Stage II: texts are divided, not rows, and every text is encoded twice where a rank has several
+    micro-batches. The number of micro-batches is that of steps of average length."""
+    world, negatives = hardware.num_gpus, rows.negatives
+    steps = steps_of(spec, rows.num_rows, world)
+    options = state_options(spec, ds_config, world)
+    documents = rows.document_lengths.astype(np.int64)
+    mean_negatives = 0.0
+    longest = int(max(rows.query_lengths.max(), documents.max()))
+    if negatives is not None:
+        documents, mean_negatives = documents + negatives.tokens, float(negatives.counts.mean())
+        longest = max(longest, negatives.longest)
+    device_bytes = hardware.memory_bytes if hardware.gpu is not None else None
+    texts = round(steps.global_batch_size * (2 + mean_negatives))
+    held = loss_bytes(texts, shape.hidden_size)
+    budget = choose_budget(spec, shape, options, device_bytes, longest, liger=liger, loss_bytes=held)
+    tokens = float((rows.query_lengths + documents).mean()) * steps.global_batch_size
+    count = max(1, -(-int(tokens) // (budget.tokens * world)))
+    heaviest = min(budget.tokens, int(tokens / (world * count)) + longest)
+    switch = budget.checkpointing, budget.checkpointing_source
+    cut = MicroBatches(budget.tokens, budget.source, count, heaviest, *switch)
+    memory = None
+    if hardware.gpu is not None:
+        layers = LayerOptions(cut.gradient_checkpointing, expected_kernel(spec), liger, False, held)
+        memory = memory_model.training_memory(shape, options, layers, heaviest)
+    work = work_of(spec, steps.global_batch_size, mean_negatives, shape.hidden_size, world, count)
+    return Estimate(
+        parameters=shape.num_parameters,
+        steps=steps,
+        tokens=replace(
+            tokens_of(replace(rows, document_lengths=documents.astype(np.int32)), steps), longest_row=longest
+        ),
+        cut=cut,
+        memory=memory,
+        device_bytes=hardware.memory_bytes,
+        time=contrast_time(shape, rows, tokens, work, steps, cut, hardware, options, throughput),
+        disk=disk_of(spec, shape, steps),
+        contrast=work,
+    )
+
+
+def contrast_time(
+    shape: ModelShape,
+    rows: Rows,
+    tokens: float,
+    work: ContrastWork,
+    steps: Steps,
+    cut: MicroBatches,
+    hardware: Hardware,
+    options: StateOptions,
+    throughput: Throughput,
+) -> Time | None:
+    """Seconds of a step: encoding forward and backward, the first encoding, recomputation, and the loss."""
+    mean_length = tokens / work.texts_per_step
+    forward = flops.forward_flops(shape, np.full(work.texts_per_step, round(mean_length), dtype=np.int64))
+    useful = (1 + flops.BACKWARD) * forward
+    again = forward * (int(work.encoded_twice) + int(cut.gradient_checkpointing))
+    if throughput.tokens_per_s is not None:
+        step_s, basis = tokens / throughput.tokens_per_s, throughput.basis
+    elif hardware.gpu is not None:
+        peak = throughput.mfu * hardware.gpu.bf16_tflops * 1e12
+        step_s = (useful + again) / (peak * hardware.num_gpus) + work.loss_tflop / FP32_TFLOPS
+        basis = f"{throughput.basis}: {throughput.mfu:.0%} of {hardware.gpu.bf16_tflops:g} TFLOP/s a card"
+    else:
+        return None
+    sent = communication_bytes(shape, options, cut.micro_batches_per_step) + work.gathered_bytes
+    link = hardware.gpu.link_gb_s if hardware.gpu is not None else float("inf")
+    return Time(step_s, sent / (link * 1e9), sent / 1e9, step_s * steps.last_step, useful / 1e12, basis)
 
 
 def steps_of(spec: RunSpec, num_rows: int, world_size: int) -> Steps:

@@ -10,7 +10,9 @@ import numpy as np
 
 from anchor_cli.base.errors import AnchorError, InputError
 from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off
+from anchor_cli.data.contrast_rows import ContrastData
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
+from anchor_cli.plan.contrast import Negatives
 from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import gpu_named, gpu_of_device_name
@@ -151,7 +153,16 @@ def _prepared(spec: RunSpec, folder: Path) -> Rows:
         starts = pairs.query_content_starts.sum(dtype=np.int64) + pairs.document_content_starts.sum(dtype=np.int64)
         targets -= int(starts)
     share = float(np.mean((queries >= spec.max_seq_length) | (documents >= spec.max_seq_length)))
-    return Rows(queries, documents, targets, share, f"{folder} (prepared, exact)")
+    return Rows(queries, documents, targets, share, f"{folder} (prepared, exact)", _negatives_of(spec, pairs))
+
+
+def _negatives_of(spec: RunSpec, pairs: PreparedPairs) -> Negatives | None:
+    """Of prepared rows, in Stage II."""
+    if spec.stage == "I":
+        return None
+    data = ContrastData(pairs, spec.num_hard_negatives)
+    tokens = data.row_lengths - pairs.query_lengths - pairs.document_lengths
+    return Negatives(data.counts.astype(np.int32), tokens.astype(np.int32), data.longest_text)
 
 
 def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
@@ -168,16 +179,16 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
         if num_rows is not None:
             return assumed_rows(num_rows, spec)
         raise InputError(error.message, "raw data need the model's tokenizer; or pass --rows N") from error
-    limits, source = Limits(), open_source(spec.dataset_file_path, SourceOptions())
+    limits, source = Limits(), open_source(spec.dataset_file_path, SourceOptions(negatives=spec.stage == "II"))
     about = source.rows_hint or source.count_rows(limits)  # for the spread of the sample; `first` ends as the count
-    make = RowMaker(Work(spec.model_name_or_path, contract, limits, None, False))
+    make = RowMaker(Work(spec.model_name_or_path, contract, limits, None, False, spec.stage == "II"))
     share, first, lengths, cut, targets = EvenSample(min(SAMPLE_ROWS, about), about), 0, [], 0, 0
     for file in source.files:
         for part in file.parts(limits):
             made = make(Task(part, file.columns, share, first))
             first += part.num_rows
             query, document = (made.table[name].to_numpy() for name in ("query_length", "document_length"))
-            lengths.append(np.stack([query, document]))
+            lengths.append(np.stack([query, document, *(_negative_counts(made.table) if spec.stage == "II" else ())]))
             cut += int((np.maximum(made.query_tokens, made.document_tokens) > spec.max_seq_length).sum())
             targets += _targets(spec, made.table)
     sample = np.concatenate(lengths, axis=1)
@@ -186,8 +197,15 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
     drawn = np.random.default_rng(0).integers(sample.shape[1], size=first)
     taken = sample.shape[1]
     description = f"{spec.dataset_file_path} (raw; lengths of a sample of {taken:,} rows, rejected rows not taken off)"
-    queries, documents = (side[drawn].astype(np.int32) for side in sample)
-    return Rows(queries, documents, round(targets * first / taken), cut / taken, description)
+    queries, documents, *rest = (side[drawn].astype(np.int32) for side in sample)
+    negatives = Negatives(rest[0], rest[1], int(rest[2].max())) if rest else None
+    return Rows(queries, documents, round(targets * first / taken), cut / taken, description, negatives)
+
+
+def _negative_counts(table: Any) -> tuple[Any, Any, Any]:
+    """Of each row's negatives: how many, their tokens, the longest."""
+    rows = table["negative_lengths"].to_pylist()
+    return [len(row) for row in rows], [sum(row) for row in rows], [max(row, default=0) for row in rows]
 
 
 def _targets(spec: RunSpec, table: Any) -> int:

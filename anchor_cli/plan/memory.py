@@ -38,6 +38,9 @@ class LayerOptions:
     checkpointing: bool = False
     kernel: str = "flash"
     liger: bool = False
+    reconstructs: bool = True
+    """Stage I: two passes are kept, and the output layer is computed. Stage II: one pass, and `loss_bytes` instead."""
+    loss_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,9 @@ def training_memory(
     kept = activation_bytes_per_token(shape, b, layers)
     work = tokens * working_bytes_per_token(shape, b, layers)
     work += 2 * b * shape.embedding_parameters  # its gradient so far and the next look-up's
-    logits = output_layer_bytes(shape, b, tokens, chunk_bytes, fused)
-    return Memory(weights, gradients, optimizer, buckets, 2 * tokens * kept, max(0.0, work - logits), logits, context)
+    logits = output_layer_bytes(shape, b, tokens, chunk_bytes, fused) if layers.reconstructs else layers.loss_bytes
+    kept *= (2 if layers.reconstructs else 1) * tokens
+    return Memory(weights, gradients, optimizer, buckets, kept, max(0.0, work - logits), logits, context)
 
 
 def largest_budget(shape: ModelShape, states: StateOptions, layers: LayerOptions, device_bytes: float) -> int:

@@ -29,6 +29,7 @@ from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.text_batches import make_text_plan
 from anchor_cli.model.contrast import ContrastCounts, ContrastRows, ContrastSettings, contrastive_loss
 from anchor_cli.model.encoder import PackedEncoder
+from anchor_cli.plan.contrast import loss_bytes
 from anchor_cli.plan.flops import BACKWARD, ModelShape, forward_flops
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec.spec import RunSpec
@@ -77,6 +78,9 @@ class Contrast:
         self.longest = self._data.longest_text
         self._guide: Guide | None = None
         self._warned: set[str] = set()
+
+    def loss_bytes(self, global_batch_size: int, dimension: int) -> float:
+        return loss_bytes(round(global_batch_size * (2 + float(self._data.counts.mean()))), dimension)
 
     def plan(self, global_batch_size: int, token_budget: int, total_steps: int) -> BatchPlan:
         return make_text_plan(

@@ -21,6 +21,9 @@ class Objective(Protocol):
     longest: int
     """Tokens of the longest piece that cannot be divided: a row in Stage I, a text in Stage II."""
 
+    def loss_bytes(self, global_batch_size: int, dimension: int) -> float:
+        """Device memory of a step's loss beside the activations and the output layer of a micro-batch."""
+
     def plan(self, global_batch_size: int, token_budget: int, total_steps: int) -> BatchPlan:
         """Which rows make a step, and of how many micro-batches."""
 

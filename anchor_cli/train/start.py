@@ -28,7 +28,7 @@ from anchor_cli.spec import schedule
 from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import NOT_OF_THE_RESULT, RunSpec
 from anchor_cli.train.deepspeed import build_engine
-from anchor_cli.train.objective import objective_of
+from anchor_cli.train.objective import Objective, objective_of
 from anchor_cli.train.optimizer_state import load_optimizer_state
 from anchor_cli.train.run import Run
 from anchor_cli.train.saving import sweep_partials
@@ -131,8 +131,8 @@ def build_run(
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     objective = objective_of(spec, contract, pairs, ranks)
     fusing = decide_fusing(spec.torch_compile, spec.liger, spec.model_name_or_path, ranks.device, dtype)
-    budget = budget_of(spec, objective.longest, ranks, raw, kernel, liger=fusing[1])
     global_batch = state.get("global_batch_size", spec.global_batch(ranks.world_size))
+    budget = budget_of(spec, objective, global_batch, ranks, raw, kernel, liger=fusing[1])
     total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
     plan = objective.plan(global_batch, budget.tokens, total)
     watchdog.phase("start-up (model)", None)
@@ -165,18 +165,27 @@ def build_run(
 
 
 def budget_of(
-    spec: RunSpec, longest: int, ranks: Ranks, ds_config: dict[str, Any], kernel: str, *, liger: bool
+    spec: RunSpec,
+    objective: Objective,
+    global_batch: int,
+    ranks: Ranks,
+    ds_config: dict[str, Any],
+    kernel: str,
+    *,
+    liger: bool,
 ) -> Budget:
     """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
     options = state_options(spec, ds_config, ranks.world_size)
     if ranks.device.type != "cuda":
-        return choose_budget(spec, None, options, None, longest)
+        return choose_budget(spec, None, options, None, objective.longest)
     free = torch.tensor([torch.cuda.mem_get_info(ranks.device)[0]])
     if ranks.cpu_group is not None:
         dist.all_reduce(free, op=dist.ReduceOp.MIN, group=ranks.cpu_group)
     shape, _ = shape_of(spec.model_name_or_path)
     kind = memory_kind(kernel)
-    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, liger=liger)
+    held = objective.loss_bytes(global_batch, shape.hidden_size)
+    longest = objective.longest
+    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, liger=liger, loss_bytes=held)
 
 
 def restore(run: Run, checkpoint: Path) -> None:
