@@ -386,6 +386,20 @@ def test_nanobeir_is_a_snapshot(
     assert f"anchor eval --data {tmp_path / 'nano'}" in said.err
 
 
+@pytest.mark.parametrize("line_break", ["\n", r"\n"])
+def test_line_breaks_of_template_and_instruction_survive_the_shell(
+    line_break: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    source, out = write_rows(tmp_path / "rows.jsonl", 20), tmp_path / "out"
+    template = f"<|im_start|>user{line_break}{{text}}<|im_end|>"
+    options = ["--tokenizer", str(tokenizer_folder), "--text-template", template]
+    options += ["--instruction", f"Instruct: find{line_break}Query: ", "--instruction", f"en=a{line_break}b"]
+    assert run(["prepare", str(source), "--out", str(out), *options]) == 0
+    contract = PreparedPairs.open(out).contract
+    assert contract.text_template == "<|im_start|>user\n{text}<|im_end|>"
+    assert contract.training_instructions == {"*": "Instruct: find\nQuery: ", "en": "a\nb"}
+
+
 @pytest.mark.parametrize("place", ["RowMaker", "open_source", "load_tokenizer", "write_html"])
 def test_the_rate_counts_work_on_rows_only(
     place: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -403,6 +403,13 @@ def test_stage_2_changes_neither_name_nor_resume_of_a_run_of_stage_1() -> None:
     assert differences_that_matter(before, second.model_dump(), 32) == want
 
 
+@pytest.mark.parametrize("written", [r"a\n{text}<e>", "a\n{text}<e>", r'"a\n{text}<e>"'])
+def test_a_line_break_of_a_template_survives_the_shell(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(LEAST))
+    assert read_spec(path, [f"text_template={written}"]).spec.text_template == "a\n{text}<e>"
+
+
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/otter")
     keys = {key for key in RunSpec.model_fields if re.search("path|dir|file", key)} | {"deepspeed", "eval_data"}

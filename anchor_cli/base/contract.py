@@ -64,6 +64,11 @@ def query_prefix(instruction: str | None) -> str:
     return f"{instruction}; "
 
 
+def with_line_breaks(text: str) -> str:
+    r"""`\n` and `\t` as a shell leaves them inside single quotes, as the characters they mean."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def check_template(template: str) -> str:
     """The template itself.
 

@@ -36,6 +36,8 @@ def is_hub_id(name: str) -> bool:
 def hub_set(source: str) -> str | None:
     """OWNER/NAME of a data set that is named as the Hub's, `hf://OWNER/NAME` or `hf://datasets/…`; else None.
 
+    Pairs of the Hub are named only so: without `hf://`, a missing `data/pairs` would be a stranger's data set.
+
     Raises:
         InputError: what follows `hf://` is no name of a data set.
     """

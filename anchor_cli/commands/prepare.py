@@ -27,7 +27,7 @@ def prepare(
     query_column: Annotated[str | None, typer.Option(help="Column of the query. [guessed]")] = None,
     document_column: Annotated[str | None, typer.Option(help="Column of the document, or of a list. [guessed]")] = None,
     language_column: Annotated[
-        str | None, typer.Option(help="Column of the language. [guessed, else told from the script: ko or en]")
+        str | None, typer.Option(help="Column of the language. [guessed, else decided by the script: ko or en]")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Model folder, tokenizer.json or Hub id. [Qwen/Qwen3-0.6B]", metavar="MODEL")
@@ -42,7 +42,9 @@ def prepare(
             help="Instruction of training queries, of one language or all; may be repeated. [Korean]",
         ),
     ] = None,
-    text_template: Annotated[str | None, typer.Option(help="Text around {text}; ends in [EOS].")] = None,
+    text_template: Annotated[
+        str | None, typer.Option(help="Text around {text}; ends in [EOS]; \\n is a line break.")
+    ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="Take model, length, template and instructions from a run spec.")
     ] = None,
@@ -136,6 +138,8 @@ def _contract_options(
     spec: Path | None,
 ) -> dict[str, Any]:
     """What decides the token ids: the options, else the spec's values, else KURE's."""
+    from anchor_cli.base.contract import with_line_breaks
+
     options: dict[str, Any] = {"tokenizer": "Qwen/Qwen3-0.6B", "max_seq_length": 512, "stage": "I"}
     if spec is not None:
         from anchor_cli.spec.load import load_spec
@@ -150,7 +154,8 @@ def _contract_options(
             "stage": run.stage,
         }
     if instruction:
-        options["training_instructions"] = _instructions(instruction)
+        options["training_instructions"] = _instructions([with_line_breaks(text) for text in instruction])
+    text_template = with_line_breaks(text_template) if text_template else text_template
     given = {"tokenizer": tokenizer, "max_seq_length": max_seq_length, "text_template": text_template}
     return options | {key: value for key, value in given.items() if value is not None}
 

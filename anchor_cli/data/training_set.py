@@ -133,12 +133,11 @@ def prepared_folder(spec: RunSpec, contract: TextContract) -> Path:
 
 def _folder_of_raw(spec: RunSpec, source: Path, contract: TextContract) -> Path:
     """Where the data of a raw source are prepared; a name for each state of the source and each contract."""
-    from anchor_cli.base.hub import revision_of
-    from anchor_cli.data.sources.sources import is_hub_id
+    from anchor_cli.base.hub import hub_set, revision_of
 
     below = Path(spec.output_dir).expanduser() / "prepared"
     kept = contract.model_dump_json() + (" with negatives" if spec.stage == "II" else "")
-    if not is_hub_id(spec.dataset_file_path):
+    if not hub_set(spec.dataset_file_path):
         identity = f"{source.absolute()}\n{_age(source)}\n{kept}"
         name = re.sub(r"[*?\[\]]", "", source.name.split(".")[0]) or "files"
         return below / f"{name}-{_digest(identity)}"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anchor_cli.base.errors import AnchorError, InputError
-from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off
+from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off, hub_set
 from anchor_cli.data.contrast_rows import ContrastData
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.contrast import Negatives
@@ -131,12 +131,11 @@ def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
 def place_of(data: str) -> Literal["prepared", "raw", "hub", "nowhere"]:
     """What a `dataset_file_path` means here, as `anchor prepare` takes it: a folder, files, a pattern, `hf://…`."""
     from anchor_cli.data.sources.locate import matching_files
-    from anchor_cli.data.sources.sources import is_hub_id
 
     path = Path(data).expanduser()
     if (path / MANIFEST).is_file():
         return "prepared"
-    if is_hub_id(data):
+    if hub_set(data):
         return "hub"
     try:
         return "raw" if path.is_dir() or matching_files(data) else "nowhere"

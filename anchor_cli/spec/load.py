@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from anchor_cli.base.contract import with_line_breaks
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.files import home_expanded
 from anchor_cli.spec import aliases as compat
@@ -54,6 +55,8 @@ def read_spec(path: str | Path, overrides: list[str]) -> SpecReading:
         sources |= {key: f"{source} ({spelled[key]})" if key in spelled else source for key in layer}
         ignored += layer_ignored
     ours |= {key: _with_home(ours[key]) for key in PATH_KEYS if key in ours}
+    if sources["text_template"].startswith("--set") and isinstance(ours["text_template"], str):
+        ours["text_template"] = with_line_breaks(ours["text_template"])
     sources |= dict.fromkeys(derived_defaults(ours), "derived")
     try:
         return SpecReading(RunSpec.model_validate(ours), sources, ignored)

@@ -171,7 +171,7 @@ def _require_language_columns(sources: list[Source], contract: TextContract) -> 
 
 
 def _all_have_scores(sources: list[Source]) -> bool:
-    """Whether every file has a teacher's scores; with some of them, none is kept, and that is said."""
+    """Whether every file has a teacher's scores; where some have none, none is kept, with a line that says so."""
     having = [bool(file.columns.scores) for source in sources for file in source.files]
     if any(having) and not all(having):
         say("teacher scores are left out: not every source has them")

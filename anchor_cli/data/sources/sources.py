@@ -157,11 +157,6 @@ def open_source(spec: str, options: SourceOptions) -> Source:
     return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
 
 
-def is_hub_id(spec: str) -> bool:
-    """Whether a SOURCE is a data set of the Hub: only one that says so, since `data/pairs` is somebody's there."""
-    return hub_set(spec) is not None
-
-
 def _columns_of(path: Path, names: Sequence[str], options: SourceOptions) -> Columns:
     """`choose_columns` of a file. Raises InputError; for JSON that holds its rows elsewhere it says where."""
     objects = first_objects(path, 2) if format_of(path) in ("json", "jsonl") else []
@@ -180,7 +175,7 @@ def check_split_options(specs: Sequence[str], options: SourceOptions) -> None:
     Raises:
         InputError: it would change nothing.
     """
-    hub = [spec for spec in specs if is_hub_id(spec)]
+    hub = [spec for spec in specs if hub_set(spec)]
     split = [spec for spec in specs if spec in hub or (Path(spec).expanduser() / SPLITS_FILE).is_file()]
     for option, value, having in (("split", options.split, split), ("subset", options.subset, hub)):
         without = [spec for spec in specs if spec not in having] if value is not None else []
