@@ -343,6 +343,17 @@ def test_suites_by_name() -> None:
     assert caught.value.hint == "did you mean kure?"
 
 
+def test_the_plan_knows_suites(suite: Path) -> None:
+    """`eval_data` may name one; a name that means none fails the plan, before anything is trained."""
+    from anchor_cli.plan.checks import _evaluation_data
+
+    assert _evaluation_data("suite:kure") is None  # of the Hub: not asked
+    assert _evaluation_data(f"suite:{suite}") is None
+    assert [each.name for each in load_benchmarks([f"suite:{suite}"])] == ["ko/Hub", "ko/Folder", "en/Table"]
+    with pytest.raises(InputError, match="--suite kuer: no such suite"):
+        _evaluation_data("suite:kuer")
+
+
 def hub_sets_named(name: str) -> list[Any]:
     from anchor_cli.data.benchmarks.benchmarks import parts_of
 

@@ -19,6 +19,8 @@ from anchor_cli.commands.options import AsJson, Device
 if TYPE_CHECKING:
     from anchor_cli.evaluate.nearest import Neighbour
 
+_ID_COLUMNS = 24  # of a longer id the rest is left out, so that the text has room
+
 
 def search(
     model: Annotated[
@@ -103,7 +105,7 @@ def _show(nearest: list[Neighbour], heading: str | None) -> None:
     width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 200
     if heading is not None:
         print(heading)
-    widest = max(len(each.id) for each in nearest)
+    widest = min(_ID_COLUMNS, max(len(each.id) for each in nearest))
     for each in nearest:
-        start = f"{each.rank:3d}  {each.score:7.4f}  {each.id:{widest}}  "
+        start = f"{each.rank:3d}  {each.score:7.4f}  {cut(each.id, widest):{widest}}  "
         print(start + cut(each.text, max(20, width - len(start))))
