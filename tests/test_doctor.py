@@ -26,7 +26,7 @@ from anchor_cli.train.deepspeed_versions import TESTED as TESTED_DEEPSPEED
 from anchor_cli.train.deepspeed_versions import refused_deepspeed
 
 ROOT = Path(__file__).parents[1]
-KURE = ROOT / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
+KURE = ROOT / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q_512.json"
 
 
 def ask(host_check: HostCheck, needs: Needs | None = None) -> list[Check]:

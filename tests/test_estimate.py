@@ -25,7 +25,7 @@ from anchor_cli.processes.gpus import local_gpus
 from anchor_cli.spec.spec import RunSpec
 
 SHAPE = ModelShape.from_config(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"])
-KURE = "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json"
+KURE = "train_configs/stage_I/Qwen3_0.6b_q2d_d2q_512.json"
 ROOT = Path(__file__).parents[1]
 
 
@@ -262,6 +262,43 @@ def test_a_missing_data_set_needs_rows() -> None:
     assert got.num_rows == 500 and got.source.startswith("assumed")
 
 
+def test_lengths_that_are_given_or_assumed() -> None:
+    def means(**keys: Any) -> tuple[float, float]:
+        got = rows_of(spec(dataset_file_path="/nowhere", max_seq_length=2048), 100_000, **keys)
+        return round(float(got.query_lengths.mean())), round(float(got.document_lengths.mean()))
+
+    assert means() == (42, 493)  # documents that are hardly cut, not 72 % of 2,048
+    assert means(mean_query=30, mean_document=700) == (30, 700)
+    short = rows_of(spec(dataset_file_path="/nowhere", max_seq_length=512), 100_000)
+    assert round(float(short.document_lengths.mean())) == 369
+
+
+def test_prepared_rows_as_a_sample_of_more(small_model: Path, tmp_path: Path) -> None:
+    from anchor_cli.data.prepare.prepare import prepare
+
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("\n".join(json.dumps({"query": f"q {i}", "document": "d " * (i % 7 + 1)}) for i in range(50)))
+    prepare([str(raw)], tmp_path / "data", tokenizer=str(small_model), max_seq_length=160)
+    keys: dict[str, Any] = {"model_name_or_path": str(small_model), "max_seq_length": 160}
+    exact = rows_of(spec(dataset_file_path=str(tmp_path / "data"), **keys), None)
+    many = rows_of(spec(dataset_file_path=str(tmp_path / "data"), **keys), 20_000)
+    assert (exact.num_rows, many.num_rows) == (50, 20_000)
+    assert many.document_lengths.mean() == pytest.approx(exact.document_lengths.mean(), rel=0.02)
+    assert many.num_targets == exact.num_targets * 400
+    assert rows_of(spec(dataset_file_path=str(raw), **keys), 20_000).num_rows == 20_000
+
+
+def test_many_checkpoints_are_named_with_what_a_limit_saves() -> None:
+    def checks(**more: Any) -> list[tuple[str, str, str | None]]:
+        keys = {"save_steps": 100.0, "max_steps": 1000, "global_batch_size": 2, "per_device_train_batch_size": 1} | more
+        lines = check_plan(spec(**keys), Hardware(None, 1, None), made(**keys), {})
+        return [(line.status, line.message, line.remedy) for line in lines if line.name == "checkpoints"]
+
+    # ten checkpoints of 596,049,920 x 14 bytes and 34 MB: 8.38 GB; a limit of five and the one being written keep six
+    assert checks() == [("warn", "all 10 are kept, 84 GB", "save_total_limit: 5 would save 34 GB")]
+    assert checks(save_total_limit=5) == []
+
+
 def test_shape_from_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"]))
     assert shape_of(str(tmp_path))[0] == SHAPE == shape_of("Qwen/Qwen3-0.6B")[0]
@@ -277,7 +314,7 @@ def test_the_command_plans_kure_on_a_laptop(capsys: pytest.CaptureFixture[str]) 
     got = json.loads(capsys.readouterr().out)
     assert code == 0
     assert (got["steps"]["steps_per_epoch"], got["steps"]["total_steps"]) == (14_554, 43_662)
-    assert got["parameters"] == 596_049_920 and got["cut"]["gradient_checkpointing"] is True
+    assert got["parameters"] == 596_049_920 and got["cut"]["gradient_checkpointing"] is False
     parts = {key: value for key, value in got["memory"].items() if key != "total"}
     assert got["memory"]["total"] == pytest.approx(sum(parts.values()))
     assert {check["name"]: check["status"] for check in got["checks"]}["data"] == "fail"

@@ -110,7 +110,7 @@ def test_every_shipped_config_is_valid(path: Path, capsys: pytest.CaptureFixture
 
 
 def test_kure_is_the_run_of_the_paper_in_korean() -> None:
-    spec = load_spec(REPOSITORY / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q.json")
+    spec = load_spec(REPOSITORY / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q_512.json")
     want = {
         "model_name_or_path": "Qwen/Qwen3-0.6B",
         "learning_rate": 4e-5,
@@ -121,7 +121,7 @@ def test_kure_is_the_run_of_the_paper_in_korean() -> None:
         "max_seq_length": 512,
         "precision": "bfloat16",
         "attn_implementation": "flash_attention_2",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "auto",
         "d2q_weight": 0.8,
         "q2d_weight": 0.2,
         "eval_steps": 500,
@@ -134,6 +134,43 @@ def test_kure_is_the_run_of_the_paper_in_korean() -> None:
     assert spec.global_batch(world_size=2) == 128
     assert spec.training_instructions == {"*": INSTRUCTION_KO}
     assert spec.query_instructions == {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}
+
+
+def test_kure_as_it_is_run_today() -> None:
+    """The values of its newest run, and the name its folder has there."""
+    spec = load_spec(REPOSITORY / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q_2048.json")
+    batch = (spec.per_device_train_batch_size, spec.gradient_accumulation_steps, spec.global_batch(world_size=2))
+    assert batch == (16, 4, 128) and spec.global_batch(world_size=1) == 128
+    assert (spec.max_seq_length, spec.learning_rate, spec.num_train_epochs, spec.warmup_ratio) == (2048, 1e-4, 1, 0.1)
+    assert (spec.d2q_weight, spec.q2d_weight, spec.save_steps, spec.eval_steps) == (0.5, 0.5, 0.2, 0.05)
+    assert spec.eval_on_start and spec.warmup_steps == 0
+    assert spec.run_folder.name == (
+        "KoEnQP_train_ko_en_m-Qwen3-0.6B_g-2_b-16_ga-4_l-2048_e-1_w-0.1_lr-0.0001_d2q-0.5_q2d-0.5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "want"),
+    [
+        ("{data}_s-{seed}", "pairs_s-42"),
+        ("{model}.{learning_rate}.{warmup}", "Qwen3-0.6B.4e-05.300"),
+        ("run{{1}}", "run-1-"),
+        ("plain", "plain"),
+        ("{lerning_rate}", "experiment_id {lerning_rate}: expected keys of the spec and data, folder, model, gpus, "
+                           "warmup in braces, not {lerning_rate} (did you mean {learning_rate}?)"),
+        ("{gpus}", "experiment_id {gpus}: expected no {gpus} without global_batch_size, which says for how many GPUs "
+                   "the batch is meant"),
+    ],
+)  # fmt: skip
+def test_fields_of_the_experiments_name(pattern: str, want: str, tmp_path: Path) -> None:
+    path = write(tmp_path, LEAST | {"experiment_id": pattern})
+    if not want.startswith("experiment_id"):
+        spec = load_spec(path)
+        assert spec.experiment == spec.model_dump()["experiment_id"] == want
+        return
+    with pytest.raises(InputError) as caught:
+        load_spec(path)
+    assert caught.value.message == f"{path}: {want}"
 
 
 def test_a_resolved_spec_read_again_is_the_same(tmp_path: Path) -> None:

@@ -31,7 +31,16 @@ def plan(
         ),
     ] = None,
     num_gpus: Annotated[int | None, typer.Option(min=1, help="Number of cards. [default: this machine's]")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the data, where they are not here.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of the data, where they, or only a sample of them, are here.")
+    ] = None,
+    mean_query_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --rows and no data: mean length of a query. [default: 42]")
+    ] = None,
+    mean_document_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The same of a document. [default: 72% of max_seq_length, at most 493]"),
+    ] = None,
     mfu: Annotated[
         float | None, typer.Option(min=0.01, max=1, help="Share of the card's peak to expect, as measured.")
     ] = None,
@@ -64,7 +73,7 @@ def plan(
         throughput = Throughput(mfu=mfu, basis="given")
     elif tokens_per_second is not None:
         throughput = Throughput(tokens_per_s=tokens_per_second, basis=f"given: {tokens_per_second:,.0f} tokens/s")
-    lengths = rows_of(run, rows)
+    lengths = rows_of(run, rows, mean_query_tokens, mean_document_tokens)
     liger = gpu is None and hardware.gpu is not None and _liger_fits(run.model_name_or_path)
     made = estimate(run, shape, lengths, hardware, ds_config, throughput, liger=liger)
     measured = None

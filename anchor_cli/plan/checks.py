@@ -33,6 +33,7 @@ from anchor_cli.spec.deepspeed import resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
 
 GB = 1e9
+MANY_CHECKPOINTS = 6  # a limit of 5, and the one that is being written
 
 
 def check_plan(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> Iterator[Check]:
@@ -136,6 +137,11 @@ def _disk(spec: RunSpec, made: Estimate, elsewhere: bool) -> Iterator[Check]:
     message = (
         f"{made.disk.checkpoints_kept} checkpoints of {made.disk.checkpoint_bytes / GB:.1f} GB: {need / GB:.0f} GB"
     )
+    disk = made.disk
+    if spec.save_total_limit is None and disk.checkpoints_kept > MANY_CHECKPOINTS:
+        saved = (disk.checkpoints_kept - MANY_CHECKPOINTS) * disk.checkpoint_bytes / GB
+        remedy = f"save_total_limit: {MANY_CHECKPOINTS - 1} would save {saved:.0f} GB"
+        yield Check("checkpoints", "warn", f"all {disk.checkpoints_kept} are kept, {need / GB:.0f} GB", remedy)
     if elsewhere:
         yield Check("disk", "ok", f"{message} (free space here, {free / GB:.0f} GB, says nothing of the training host)")
     elif need > free:

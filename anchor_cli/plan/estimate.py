@@ -29,8 +29,9 @@ from anchor_cli.spec.spec import RunSpec
 IntArray = npt.NDArray[np.int32]
 ASSUMED_MFU = 0.40
 """Share of the card's peak spent on useful work; assumption: no GPU was measured (docs/benchmarks.md)."""
-ASSUMED_MEAN_SHARE = 0.72
-"""Mean document length over max_seq_length where no data are at hand (9,827 Korean and English rows at 512: 367)."""
+ASSUMED_MEAN_SHARE, ASSUMED_DOCUMENT_TOKENS = 0.72, 493
+"""Mean document length where no data are at hand: a share of max_seq_length, and not more than what documents have that
+are hardly cut (measured on 9,821 Korean and English rows: 368 at 512, 493 at 2,048)."""
 ASSUMED_QUERY_TOKENS = 42
 """Mean query length with KURE's instruction (measured on 9,827 rows)."""
 FP32_TFLOPS = 20.0
@@ -151,16 +152,31 @@ class Estimate:
         return made
 
 
-def assumed_rows(num_rows: int, spec: RunSpec) -> Rows:
-    """Lengths where the data are not at hand: the named assumptions, with the spread that one longest row needs."""
-    document = max(4, round(ASSUMED_MEAN_SHARE * spec.max_seq_length))
+def assumed_rows(num_rows: int, spec: RunSpec, mean_query: int | None = None, mean_document: int | None = None) -> Rows:
+    """Lengths where the data are not at hand: the means given or assumed, and one longest row."""
+    usual = min(round(ASSUMED_MEAN_SHARE * spec.max_seq_length), ASSUMED_DOCUMENT_TOKENS)
+    document = min(max(4, mean_document or usual), spec.max_seq_length)
+    query = min(max(4, mean_query or ASSUMED_QUERY_TOKENS), spec.max_seq_length)
     lengths = np.full(num_rows, document, dtype=np.int32)
     lengths[0] = spec.max_seq_length
-    queries = np.full(num_rows, min(ASSUMED_QUERY_TOKENS, spec.max_seq_length), dtype=np.int32)
+    queries = np.full(num_rows, query, dtype=np.int32)
     targets = int(queries.sum(dtype=np.int64) + lengths.sum(dtype=np.int64)) - 2 * num_rows
-    source = f"assumed: queries of {ASSUMED_QUERY_TOKENS}, documents of {document} tokens on average"
     negatives = assumed_negatives(num_rows, document, spec) if spec.stage == "II" else None
+    kind = "given" if mean_query and mean_document else "assumed"
+    source = f"{kind}: queries of {query}, documents of {document} tokens on average"
     return Rows(queries, lengths, targets, None, source, negatives)
+
+
+def scaled(rows: Rows, num_rows: int) -> Rows:
+    """A sample of the data, drawn with replacement to the rows of the whole."""
+    drawn = np.random.default_rng(0).integers(rows.num_rows, size=num_rows)
+    targets = round(rows.num_targets * num_rows / rows.num_rows)
+    source = f"{rows.source}, {rows.num_rows:,} rows taken as a sample of {num_rows:,}"
+    negatives = rows.negatives
+    if negatives is not None:
+        negatives = Negatives(negatives.counts[drawn], negatives.tokens[drawn], negatives.longest)
+    lengths = rows.query_lengths[drawn], rows.document_lengths[drawn]
+    return Rows(*lengths, targets, rows.truncated_share, source, negatives)
 
 
 def estimate(

@@ -13,7 +13,7 @@ from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off, hub_set
 from anchor_cli.data.contrast_rows import ContrastData
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.contrast import Negatives
-from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows
+from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows, scaled
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import gpu_named, gpu_of_device_name
 from anchor_cli.processes.gpus import local_gpus
@@ -104,18 +104,22 @@ def hardware_of(gpu: str | None, num_gpus: int | None) -> Hardware:
     return Hardware(kind, num_gpus or len(cards), memory_gib * 2**30)
 
 
-def rows_of(spec: RunSpec, num_rows: int | None) -> Rows:
-    """Lengths of the spec's data: exact when prepared, from a sample when raw, assumed where only the count is given.
+def rows_of(
+    spec: RunSpec, num_rows: int | None, mean_query: int | None = None, mean_document: int | None = None
+) -> Rows:
+    """Lengths of the spec's data: exact when prepared, of a sample when raw; where only the count is known, assumed or
+    of the given means. Data that are here, and a count: the data are a sample of so many rows.
 
     Raises:
         InputError: the data are not there and `num_rows` was not given, or they cannot be read.
     """
     place = place_of(spec.dataset_file_path)
     if place == "prepared":
-        return _prepared(spec, Path(spec.dataset_file_path).expanduser())
+        prepared = _prepared(spec, Path(spec.dataset_file_path).expanduser())
+        return prepared if num_rows is None else scaled(prepared, num_rows)
     if place != "raw":
         if num_rows is not None:
-            return assumed_rows(num_rows, spec)
+            return assumed_rows(num_rows, spec, mean_query, mean_document)
         reason = "from the Hub, which a plan does not read" if place == "hub" else "not found on this machine"
         raise InputError(
             f"dataset_file_path: {spec.dataset_file_path}: {reason}",
@@ -190,6 +194,7 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
             lengths.append(np.stack([query, document, *(_negative_counts(made.table) if spec.stage == "II" else ())]))
             cut += int((np.maximum(made.query_tokens, made.document_tokens) > spec.max_seq_length).sum())
             targets += _targets(spec, made.table)
+    first = num_rows or first
     sample = np.concatenate(lengths, axis=1)
     if not sample.size:
         raise InputError(f"{spec.dataset_file_path}: no usable row among {first}", "anchor prepare says why")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, TEXT_TEMPLATE, PoolingMode, check_template
+from anchor_cli.spec.naming import fill
 
 Reporter = Literal["none", "wandb", "tensorboard"]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -61,7 +62,8 @@ class RunSpec(BaseModel):
     output_dir: Name = "output"
     """Folder of runs; the run's own folder is `{output_dir}/{experiment_id}`."""
     experiment_id: Annotated[str, Field(min_length=1, pattern=r"^[^/\\]*[^/\\.][^/\\]*$")] | None = None
-    """Name of the run's folder. Default: made of data, model, learning rate, epochs, seed and a digest of the rest."""
+    """Name of the run's folder; may hold `{…}` fields: keys of the spec, `{data}`, `{folder}`, `{model}`, `{gpus}` and
+    `{warmup}`. Default: made of data, model, learning rate, epochs, seed and a digest of the rest."""
 
     # text and method
     max_seq_length: Annotated[int, Field(ge=5)] = 512
@@ -202,6 +204,16 @@ class RunSpec(BaseModel):
     @classmethod
     def _derive_defaults(cls, data: Any) -> Any:
         return {**data, **derived_defaults(data)} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _fill_experiment_id(self) -> RunSpec:
+        if self.experiment_id and set("{}") & set(self.experiment_id):
+            try:
+                name = fill(self.experiment_id, self.model_dump())
+            except ValueError as error:
+                raise contradiction("experiment_id", f"experiment_id {self.experiment_id}: expected {error}") from None
+            self.__dict__["experiment_id"] = name  # frozen for everybody else
+        return self
 
     @field_validator("text_template")
     @classmethod
