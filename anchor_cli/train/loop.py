@@ -29,7 +29,7 @@ class Training:
     """The training loop of one rank, first step to last."""
 
     def __init__(self, run: Run, flag: StopFlag, watchdog: Watchdog) -> None:
-        self.run, self.flag, self.livedog = run, flag, watchdog
+        self.run, self.flag, self.watchdog = run, flag, watchdog
         self.eval_every = interval_steps(run.spec.eval_steps, run.total_steps)
         self.evaluation = Evaluation(run, self.between_batches) if self.eval_every or run.spec.eval_on_start else None
         sources = self.evaluation.sources if self.evaluation else {}
@@ -49,7 +49,7 @@ class Training:
         self.begin()
         batches = run.feed.steps(first, last)
         for step in range(first, last + 1):
-            self.livedog.phase("step", step)
+            self.watchdog.phase("step", step)
             self.evaluate_if_due(step)
             self.save_if_due(step)
             self.stop_if_asked(step)
@@ -77,7 +77,7 @@ class Training:
         due = due or (run.spec.eval_on_start and step == 0)
         if self.evaluation is None or not due or run.evaluated_step == step:
             return
-        self.livedog.phase("evaluation", step)
+        self.watchdog.phase("evaluation", step)
         try:
             scores = self.evaluation.scores()
         except StopAsked:
@@ -94,7 +94,7 @@ class Training:
 
     def between_batches(self) -> None:
         """Before each batch of an evaluation: it makes progress, and stops where a signal asks for it."""
-        self.livedog.alive()
+        self.watchdog.alive()
         if stop_agreed(self.flag, self.run.ranks.cpu_group):
             raise StopAsked
 
@@ -105,7 +105,7 @@ class Training:
 
     def save(self, step: int) -> bool:
         """Whether checkpoint-{step} stands now."""
-        self.livedog.phase("saving", step)
+        self.watchdog.phase("saving", step)
         saved = self.checkpoints.save(step)
         if saved and self.run.is_first:
             self.live.saved(self.run.files.checkpoint(step))
