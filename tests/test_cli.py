@@ -202,6 +202,23 @@ def test_a_spec_is_not_judged_by_a_number_of_gpus(tmp_path: Path, capsys: pytest
     assert "train_micro_batch_size_per_gpu 32 contradicts" in capsys.readouterr().err
 
 
+def test_a_global_batch_hides_the_factors_that_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(**keys: int) -> dict[str, str]:
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps({"model_name_or_path": "m", "dataset_file_path": "d"} | keys))
+        assert cli.run(["spec", str(path)]) == 0
+        cells = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+        return {key: " ".join(rest.split()) for key, rest in cells}
+
+    alone = rows(global_batch_size=128)
+    assert alone["global_batch_size"] == "128 file"
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        assert alone[key] == "- not used: global_batch_size"
+    both = rows(global_batch_size=128, per_device_train_batch_size=16, gradient_accumulation_steps=4)
+    assert both["per_device_train_batch_size"] == "16 file"
+    assert rows()["per_device_train_batch_size"] == "32 default"
+
+
 def test_init_asks_only_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["init", str(tmp_path / "a.json")]) == 2
     assert capsys.readouterr().err == "anchor: --data is missing, expected a prepared folder or a raw source\n"

@@ -299,6 +299,33 @@ def test_many_checkpoints_are_named_with_what_a_limit_saves() -> None:
     assert checks(save_total_limit=5) == []
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("flags\t\t: fpu sse avx2 fma", False),
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("Features\t: fp asimd", False),
+        ("", True),  # another system: nothing is known
+    ],
+)
+def test_bfloat16_on_a_cpu_that_has_no_instructions_for_it(
+    cpuinfo: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anchor_cli.doctor.gpu import gpus
+    from anchor_cli.doctor.needs import Needs
+
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr("anchor_cli.base.cpu.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    want = [] if fast else ["warn"]
+    assert [status for status, _ in checked("precision")] == want
+    assert checked("precision", precision="float32") == []
+    lines = [check for check in gpus(Needs.of(spec())) if check.name == "precision"]
+    assert [check.status for check in lines] == want
+    assert not [check for check in gpus(Needs()) if check.name == "precision"]  # no spec, nothing asked for
+
+
 def test_shape_from_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["Qwen/Qwen3-0.6B"]))
     assert shape_of(str(tmp_path))[0] == SHAPE == shape_of("Qwen/Qwen3-0.6B")[0]

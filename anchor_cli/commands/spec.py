@@ -45,7 +45,11 @@ def spec(
             }
         )
         return
-    _print_columns([(key, shown_value(value), reading.sources[key]) for key, value in resolved.items()])
+    shown = {key: (shown_value(value), reading.sources[key]) for key, value in resolved.items()}
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if reading.spec.global_batch_size and reading.sources[key] in ("default", "derived"):
+            shown[key] = ("-", "not used: global_batch_size")
+    _print_columns([(key, *cells) for key, cells in shown.items()])
     print(f"\nrun folder  {reading.spec.run_folder}")
     if reading.ignored:
         say(f"{path}: ignored, they mean nothing here: {', '.join(reading.ignored)}")

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from anchor_cli.base.check import Check
+from anchor_cli.base.cpu import SLOW_BFLOAT16, has_fast_bfloat16
 from anchor_cli.doctor.needs import Needs
 from anchor_cli.doctor.software import version_of
 from anchor_cli.model.kernel_packages import INSTALL_FLASH_ATTN
@@ -29,7 +30,7 @@ def handle_of(library: Any, index: int) -> Any:
     return library.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
-def gpus(_: Needs) -> Iterator[Check]:
+def gpus(needs: Needs) -> Iterator[Check]:
     import torch
 
     driver = driver_version()
@@ -39,6 +40,8 @@ def gpus(_: Needs) -> Iterator[Check]:
         else:
             yield Check("GPUs", "warn", "none: training runs on the CPU, which is for demos and tests",
                         "for real runs use a host with NVIDIA GPUs (docker run --gpus all)")  # fmt: skip
+            if needs.precision == "bfloat16" and not has_fast_bfloat16():
+                yield Check("precision", "warn", SLOW_BFLOAT16, "precision: float32 for a run on this CPU")
         return
     yield Check("driver", "ok", f"{driver or 'version unknown'}, torch built for CUDA {torch.version.cuda}")
     for index in range(torch.cuda.device_count()):

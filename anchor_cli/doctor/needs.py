@@ -16,7 +16,10 @@ class Needs:
     attn_implementation: str = "auto"
     report_to: tuple[str, ...] = ()
     deepspeed: str | None = None
+    precision: str | None = None
 
     @classmethod
     def of(cls, spec: RunSpec) -> Needs:
-        return cls(Path(spec.output_dir).expanduser(), spec.attn_implementation, spec.reporters, spec.deepspeed)
+        return cls(
+            Path(spec.output_dir).expanduser(), spec.attn_implementation, spec.reporters, spec.deepspeed, spec.precision
+        )

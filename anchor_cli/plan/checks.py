@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor_cli.base.check import Check
+from anchor_cli.base.cpu import SLOW_BFLOAT16, has_fast_bfloat16
 from anchor_cli.base.errors import AnchorError, InputError, first_line
 from anchor_cli.base.files import existing_parent, free_bytes
 from anchor_cli.base.hub import hub_hint
@@ -41,7 +42,7 @@ def check_plan(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dic
     elsewhere = hardware.gpu is not None and not local_gpus()
     yield from _model(spec)
     yield from _data(spec)
-    yield from _gpus(hardware, elsewhere)
+    yield from _gpus(spec, hardware, elsewhere)
     yield from _memory(made)
     yield from _disk(spec, made, elsewhere)
     yield from _deepspeed(spec, hardware, made, ds_config)
@@ -102,10 +103,12 @@ def _data(spec: RunSpec) -> Iterator[Check]:
             yield Check("data", "ok", f"{source}: prepared under this spec's text contract")
 
 
-def _gpus(hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
+def _gpus(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Check]:
     if hardware.gpu is None:
         remedy = "--gpu h100-nvl --num-gpus 2 plans for GPUs"
         yield Check("GPUs", "warn", "none here: planned for CPU processes", remedy)
+        if spec.precision == "bfloat16" and not has_fast_bfloat16():
+            yield Check("precision", "warn", SLOW_BFLOAT16, "precision: float32 for a run on this CPU")
     elif elsewhere:
         yield Check("GPUs", "warn", f"planned for {hardware.num_gpus} x {hardware.gpu.name}, this machine has none",
                     "run anchor doctor on the training host")  # fmt: skip

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from anchor_cli.base.checkpoints import newest_whole, read_state
 from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import TextContract
+from anchor_cli.base.cpu import SLOW_BFLOAT16, has_fast_bfloat16
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.runs import lock_run
 from anchor_cli.data.pairs import PreparedPairs
@@ -127,6 +128,8 @@ def build_run(
     """Plan, model, engine; with a `checkpoint`, its weights and its optimizer's state."""
     state = read_state(checkpoint) if checkpoint else {}
     raw = load_ds_config(spec.deepspeed, spec_folder)
+    if spec.precision == "bfloat16" and ranks.device.type == "cpu" and ranks.rank == 0 and not has_fast_bfloat16():
+        warn(f"{SLOW_BFLOAT16}; precision: float32 is for this host")
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     objective = objective_of(spec, contract, pairs, ranks)
