@@ -36,6 +36,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import padded_baseline  # noqa: E402
 from padded_baseline import INSTRUCTION, TEMPLATE, PaddedTrainer, Row, read_rows  # noqa: E402
 from padded_flops import padded_flops  # noqa: E402
 
@@ -72,7 +73,7 @@ def variants_for(choice: str, base: Variant) -> list[Variant]:
     """`default`: one. `all`: each kernel, Liger, compile, checkpointing, half and double budget, one at a time."""
     if choice == "default":
         return [base]
-    kernels = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa")
+    kernels = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "varlen", "sdpa")
     changes: list[dict[str, Any]] = [{"kernel": kernel} for kernel in kernels]
     changes += [{"liger": True}, {"compile": True}, {"liger": True, "compile": True}, {"checkpointing": True}]
     changes += [{"budget": base.budget // 2}, {"budget": base.budget * 2}]
@@ -112,7 +113,11 @@ class PackedTrainer:
         queries, documents = zip(*pairs, strict=True)
         starts = [np.array([t.content_start for t in side], dtype=np.int32) for side in (queries, documents)]
         return pack_pairs(
-            [t.ids for t in queries], [t.ids for t in documents], *starts, eos_token_id=151645, targets="text"
+            [t.ids for t in queries],
+            [t.ids for t in documents],
+            *starts,
+            eos_token_id=padded_baseline.EOS_ID,
+            targets="text",
         )
 
     def losses(self, pairs: Sequence[Pair], backward: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,22 +235,27 @@ def _text(ids: list[int]) -> TokenisedText:
     return TokenisedText(np.array(ids, dtype=np.int32), 0, len(ids))
 
 
-def compare(setting: Setting, variant: Variant, steps: list[list[Row]], repeats: int, peak: float) -> dict[str, Any]:
+def compare(
+    setting: Setting, variant: Variant, steps: list[list[Row]], repeats: int, peak: float, *, anchor_only: bool = False
+) -> dict[str, Any]:
     """Time both sides on every step's rows, `repeats` times, taking turns; the first round is a warm-up."""
-    theirs, ours = baseline(setting), PackedTrainer(setting.model, variant, setting.device, setting.dtype)
+    theirs = None if anchor_only else baseline(setting)  # before ours: what Liger patches it patches for both
+    ours = PackedTrainer(setting.model, variant, setting.device, setting.dtype)
     pairs = [tokenise(setting.model, rows, setting.max_seq_length) for rows in steps]
-    with torch.no_grad():
-        want = [float(x) for x in theirs.losses(steps[0])]
-        got = [float(x) for x in ours.losses(pairs[0])]
-    difference = max(abs(w - g) / abs(w) for w, g in zip(want, got, strict=True))
+    difference = None
+    if theirs is not None:
+        with torch.no_grad():
+            want = [float(x) for x in theirs.losses(steps[0])]
+            got = [float(x) for x in ours.losses(pairs[0])]
+        difference = max(abs(w - g) / abs(w) for w, g in zip(want, got, strict=True))
 
-    seconds: dict[str, list[float]] = {"baseline": [], "anchor": []}
+    seconds: dict[str, list[float]] = {"anchor": []} if theirs is None else {"baseline": [], "anchor": []}
     for repeat in range(repeats + 1):
-        total = {"baseline": 0.0, "anchor": 0.0}
+        total = dict.fromkeys(seconds, 0.0)
         for rows, ids in zip(steps, pairs, strict=True):
-            turns: list[tuple[str, Callable[[], float]]] = [
-                ("baseline", lambda rows=rows: theirs.step(rows)), ("anchor", lambda ids=ids: ours.step(ids))
-            ]  # type: ignore[misc]  # fmt: skip
+            turns: list[tuple[str, Callable[[], float]]] = [("anchor", lambda ids=ids: ours.step(ids))]  # type: ignore[misc]
+            if theirs is not None:
+                turns.insert(0, ("baseline", lambda rows=rows: theirs.step(rows)))  # type: ignore[misc]
             for side, step in turns if repeat % 2 else turns[::-1]:
                 total[side] += timed(step, setting.device)
         if repeat:
@@ -256,7 +266,7 @@ def compare(setting: Setting, variant: Variant, steps: list[list[Row]], repeats:
     shape = flops.ModelShape.from_config(config)
     flat = [pair for step in pairs for pair in step]
     lengths = [np.array([len(pair[side].ids) for pair in flat]) for side in (0, 1)]
-    targets = sum(int((t.ids[:-1] != 151645).sum()) for pair in flat for t in pair)
+    targets = sum(int((t.ids[:-1] != padded_baseline.EOS_ID).sum()) for pair in flat for t in pair)
     needed = flops.objective_flops(shape, *lengths, num_targets=targets)
     square = not setting.baseline_attention.startswith("flash")
     done = padded_flops(shape, *lengths, len(steps[0]), square_attention=square)
@@ -270,7 +280,8 @@ def compare(setting: Setting, variant: Variant, steps: list[list[Row]], repeats:
             "mfu": flops.mfu(needed, typical, peak),
             "seconds": values,
         }
-    report["ratio"] = statistics.median(b / a for b, a in zip(seconds["baseline"], seconds["anchor"], strict=True))
+    if theirs is not None:
+        report["ratio"] = statistics.median(b / a for b, a in zip(seconds["baseline"], seconds["anchor"], strict=True))
     report["bound"] = done / needed
     report["needed_tflop"], report["baseline_tflop"] = needed / 1e12, done / 1e12
     if variant.compile:
@@ -310,11 +321,13 @@ def machine() -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     print(f"\n{report['data']}  length {report['max_seq_length']}  {report['rows']} rows/step  "
           f"variant {report['variant']}  kernel {report['kernel']}")  # fmt: skip
-    for side in ("baseline", "anchor"):
+    for side in (side for side in ("baseline", "anchor") if side in report):
         line, memory = report[side], report.get("memory", {}).get(side, {})
         print(f"  {side:9s} {line['pairs_per_s']:9.2f} pairs/s {line['tokens_per_s']:11.0f} tokens/s "
               f"{line['model_tflops_per_s']:8.3f} TFLOP/s  MFU {line['mfu']:6.1%}  "
               f"peak {memory.get('peak_gb', float('nan')):.2f} GB")  # fmt: skip
+    if "ratio" not in report:
+        return
     print(f"  ratio {report['ratio']:.2f}, arithmetic allows {report['bound']:.2f} "
           f"({report['ratio'] / report['bound']:.2f} of it); losses differ by {report['loss_difference']:.1e}"
           + (f"; memory {report['memory']['ratio']:.2f} of it" if "ratio" in report.get("memory", {}) else "")
@@ -343,6 +356,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-of", choices=("baseline", "anchor"), help=argparse.SUPPRESS)
     parser.add_argument("--variant-json", help=argparse.SUPPRESS)
     parser.add_argument("--steps-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--anchor-only", action="store_true", help="leave the baseline out")
     args = parser.parse_args()
     args.data = args.data or [SHARED / "data/pairs/train_ko_en"]
     return args
@@ -360,41 +374,62 @@ def main() -> None:
     base = Variant(budget=args.budget or (16384 if device.type == "cuda" else 4096))
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or make_model(Path(scratch), args.tokenizer, args.hidden, args.layers, args.full_size, dtype)
+        padded_baseline.EOS_ID = load_tokenizer(model).token_to_id("<|im_end|>")
         setting = Setting(model, args.max_seq_length, device, dtype, attention)
         if args.memory_of:
             variant = Variant(**json.loads(args.variant_json))
             print(json.dumps(memory_of(args.memory_of, setting, variant, args.steps_file)))
             return
+        if args.variants == "all":
+            run_each_alone(args, model, variants_for("all", base), Path(scratch))
+            return
+        if args.variant_json:
+            base = Variant(**json.loads(args.variant_json))
         groups = {}
         for path in args.data:
             rows = read_rows(path)
             order = np.random.default_rng(args.seed).permutation(len(rows))[: args.rows * args.steps]
             groups[path] = [[rows[i] for i in part] for part in order.reshape(args.steps, args.rows)]
-        run_all(args, setting, groups, variants_for(args.variants, base), Path(scratch))
+        run_one(args, setting, groups, base, Path(scratch))
 
 
-def run_all(
-    args: argparse.Namespace,
-    setting: Setting,
-    groups: dict[Path, list[list[Row]]],
-    variants: list[Variant],
-    scratch: Path,
+def run_each_alone(args: argparse.Namespace, model: Path, variants: list[Variant], scratch: Path) -> None:
+    """One process a variant, the baseline beside the first alone: Liger patches transformers' modules for good, and
+    what an out-of-memory leaves behind belongs to nobody else."""
+    reports: list[dict[str, Any]] = []
+    for index, variant in enumerate(variants):
+        file = scratch / "variant.json"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--variants", "default", "--model", str(model)]
+        command += ["--variant-json", json.dumps(variant.__dict__), "--json", str(file)]
+        command += ["--anchor-only", "--no-memory"] if index else []
+        done = subprocess.run(command)
+        if done.returncode == 0 and file.exists():
+            reports += json.loads(file.read_text())["reports"]
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "reports": reports}, indent=2) + "\n")
+
+
+def run_one(
+    args: argparse.Namespace, setting: Setting, groups: dict[Path, list[list[Row]]], variant: Variant, scratch: Path
 ) -> None:
+    """One variant on every data set."""
     peak = peak_flops(setting.device, args.peak_tflops)
     print(json.dumps({**machine(), "peak_tflops": peak / 1e12}))
     reports = []
     for path, steps in groups.items():
-        for variant in variants:
-            try:
-                report = compare(setting, variant, steps, args.repeats, peak)
-            except (RuntimeError, ImportError) as error:  # no such kernel, out of memory: said
-                print(f"\n{path.name}  variant {variant.name}: not run ({str(error).splitlines()[0]})", flush=True)
-                continue
-            report |= {"data": path.name, "max_seq_length": args.max_seq_length, "rows": args.rows, "steps": args.steps}
-            if not args.no_memory:
-                report["memory"] = memory_report(setting, variant, steps, scratch)
-            show(report)
-            reports.append(report)
+        try:
+            report = compare(setting, variant, steps, args.repeats, peak, anchor_only=args.anchor_only)
+        except (RuntimeError, ImportError) as error:  # no such kernel, out of memory: said
+            print(f"\n{path.name}  variant {variant.name}: not run ({str(error).splitlines()[0]})", flush=True)
+            if setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        report |= {"data": path.name, "max_seq_length": args.max_seq_length, "rows": args.rows, "steps": args.steps}
+        if not args.no_memory:
+            report["memory"] = memory_report(setting, variant, steps, scratch)
+        show(report)
+        reports.append(report)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "reports": reports}, indent=2) + "\n")
 

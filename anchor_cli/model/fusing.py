@@ -1,8 +1,8 @@
 """How the small operators of a layer are fused on CUDA: by torch.compile, else by Liger, else not at all, said aloud.
 
 Counted for Qwen3-0.6B and a micro-batch of 16,384 tokens (benchmarks/step_traffic.py; unmeasured on a card): norms,
-rotation, SwiGLU and sums move 875 GB in 8,017 launches as transformers' layers have them, some 160 GB with Liger,
-121 GB in some 1,100 launches compiled and with our kernel for queries and keys.
+rotation, SwiGLU and sums move 875 GB in 8,017 launches as transformers' layers have them, 158 GB with Liger,
+122 GB in 1,004 launches compiled and with our kernel for queries and keys.
 """
 
 from __future__ import annotations
