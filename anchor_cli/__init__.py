@@ -1,3 +1,26 @@
-"""Stage I of Anchor Embedding: train embedding language models by bidirectional reconstruction."""
+"""Stage I of Anchor Embedding: train embedding language models by bidirectional reconstruction.
+
+For Python (docs/python.md): `load_embedder`, `load_benchmarks` and `AnchorError`, imported when they are used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anchor_cli.base.errors import AnchorError as AnchorError
+    from anchor_cli.data.benchmarks.benchmarks import load_benchmarks as load_benchmarks
+    from anchor_cli.evaluate.embedder import load_embedder as load_embedder
 
 __version__ = "0.1.0"
+_PUBLIC = {
+    "AnchorError": "anchor_cli.base.errors",
+    "load_benchmarks": "anchor_cli.data.benchmarks.benchmarks",
+    "load_embedder": "anchor_cli.evaluate.embedder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'anchor_cli' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -78,7 +78,10 @@ def _try(config: PretrainedConfig) -> Trial:
 
 def packing_problem(model: PreTrainedModel, theirs: list[torch.Tensor] | None = None) -> str | None:
     """Why texts packed beside each other are not encoded as they are alone, or None: they are."""
-    theirs = stock_states(model) if theirs is None else theirs
+    try:
+        theirs = stock_states(model) if theirs is None else theirs
+    except Exception as error:
+        return f"its stock forward pass could not be compared with ours ({first_line(error)})"
     packed = pack_texts([np.array(text, dtype=np.int32) for text in _TEXTS])
     try:
         with torch.no_grad():
@@ -198,7 +201,8 @@ def _shrink(config: Any, narrow: bool) -> None:
             fewer = min(groups, 4 if groups == heads else 2)
             queries = fewer * min(heads // groups, 2)
             smaller |= {"num_attention_heads": queries, "num_key_value_heads": fewer}
-            smaller["hidden_size"] = queries * (_int(config, "head_dim") or hidden // heads)
+            width = _int(config, "head_dim") or hidden // heads
+            smaller |= {"hidden_size": queries * width, "head_dim": width}
         else:
             smaller["hidden_size"] = min(hidden, _WIDTH)
     for name, number in smaller.items():
