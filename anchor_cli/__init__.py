@@ -3,12 +3,7 @@
 For Python (docs/python.md): `load_embedder`, `load_benchmarks` and `AnchorError`, imported when they are used.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from anchor_cli.base.errors import AnchorError as AnchorError
-    from anchor_cli.data.benchmarks.benchmarks import load_benchmarks as load_benchmarks
-    from anchor_cli.evaluate.embedder import load_embedder as load_embedder
+from typing import Any
 
 __version__ = "0.1.0"
 _PUBLIC = {
