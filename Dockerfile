@@ -1,15 +1,17 @@
 # syntax=docker/dockerfile:1
 # anchor in a container: a build stage with compilers, a run stage without them where possible, never root.
 #
-#   docker build -t anchor .                                    CUDA: torch with CUDA, flash-attn, Liger
+#   docker build -t anchor .                                    CUDA: torch with CUDA, Liger
 #   docker build -t anchor:cpu --build-arg VARIANT=cpu .        CPU only: small, for demos and CI
 #
 # BASE        an image of Debian 12 with python3 (3.11 or newer) and python3-venv, and no user 1000 (ubuntu:24.04 has one);
 #             another Debian or Ubuntu where flash-attn is not compiled: nvcc comes from NVIDIA's packages for Debian 12
 # VARIANT     cuda or cpu
-# FLASH_ATTN  build: compile it here (an hour, MAX_JOBS x 8 GB memory); none: PyTorch's own varlen attention is used;
-#             else anything pip installs, such as the URL of a ready wheel
-# TORCH_INDEX the wheel index of the CPU build of torch (PyPI has the CUDA one)
+# FLASH_ATTN  none: PyTorch's own varlen attention is used; flash-attn-4: its wheel and what that needs; build: compile
+#             flash-attn 2 here (an hour, MAX_JOBS x 8 GB memory); else what pip installs, such as a ready wheel's URL
+# TORCH_INDEX the wheel index of torch; CUDA: empty is PyPI's build, which wants a driver for REQUIRE_CUDA;
+#             docs/how-to/containers.md has the table of drivers and builds
+# REQUIRE_CUDA what the container toolkit asks of the driver before it starts the image
 ARG BASE=python:3.11-slim-bookworm
 ARG VARIANT=cuda
 
@@ -28,12 +30,14 @@ RUN python3 requirements.py sentence-transformers tensorboard >requirements.txt 
         --requirement requirements.txt
 
 FROM builder AS builder-cuda
-ARG FLASH_ATTN=build
+ARG TORCH_INDEX=
+ARG FLASH_ATTN=none
 ARG FLASH_ATTN_VERSION=2.8.3
 ARG FLASH_ATTN_CUDA_ARCHS=80;90
 ARG MAX_JOBS=4
 RUN python3 requirements.py sentence-transformers tensorboard liger >requirements.txt \
-    && pip install --constraint constraints.txt --requirement requirements.txt
+    && pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+        --requirement requirements.txt
 # nvcc of the CUDA release that torch was built for, from NVIDIA's own repository; this stage is thrown away.
 # Debian and NVIDIA drop old package versions from their repositories, so pins would break the build within weeks;
 # pip's are in constraints.txt.
@@ -41,6 +45,7 @@ RUN python3 requirements.py sentence-transformers tensorboard liger >requirement
 RUN set -eu; case "$FLASH_ATTN" in \
     none) exit 0 ;; \
     build) ;; \
+    flash-attn-4*) pip install --pre --constraint constraints.txt "$FLASH_ATTN" && exit 0 ;; \
     *) pip install --no-deps "$FLASH_ATTN" && pip install --constraint constraints.txt einops && exit 0 ;; \
     esac; \
     cuda="$(python3 -c 'import torch; print(torch.version.cuda.replace(".", "-"))')"; \
@@ -76,11 +81,13 @@ FROM ${BASE} AS runtime-cpu
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS runtime-cuda
-# Triton (Liger, torch_compile) compiles a small launcher on the user's machine at first use.
+# Triton (Liger, our kernels) compiles a small launcher on the user's machine at first use, torch_compile C++ besides.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
+ARG REQUIRE_CUDA=cuda>=13.0
+ENV NVIDIA_REQUIRE_CUDA="${REQUIRE_CUDA}"
 
 # hadolint ignore=DL3006
 FROM runtime-${VARIANT} AS image
@@ -92,10 +99,15 @@ LABEL org.opencontainers.image.title="anchor" \
       org.opencontainers.image.revision="${REVISION}" \
       ai.anchor.variant="${VARIANT}"
 RUN useradd --create-home --uid 1000 anchor \
-    && mkdir -p /work /home/anchor/.cache \
-    && chown -R anchor:anchor /work /home/anchor
+    && mkdir -p /work /home/anchor/.cache/triton /home/anchor/.cache/torchinductor \
+    && chown -R anchor:anchor /work /home/anchor \
+    && chmod -R a+rwX /work /home/anchor
 ENV PATH=/opt/anchor/bin:$PATH \
     HOME=/home/anchor \
+    LOGNAME=anchor \
+    TRITON_CACHE_DIR=/home/anchor/.cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/home/anchor/.cache/torchinductor \
+    PYTORCH_ALLOC_CONF=expandable_segments:True \
     LANG=C.UTF-8 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
