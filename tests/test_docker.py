@@ -118,7 +118,7 @@ def test_what_each_choice_of_flash_attention_and_torch_installs(tmp_path: Path) 
     torch, flash = re.findall(r"^RUN (.*)$", cuda, flags=re.MULTILINE)
     assert installed(tmp_path, flash) == []
     assert installed(tmp_path, flash, FLASH_ATTN="flash-attn-4") == [
-        "pip install --constraint constraints.txt flash-attn-4"
+        "pip install --pre --constraint constraints.txt flash-attn-4"
     ]
     wheel = installed(tmp_path, flash, FLASH_ATTN="https://x/flash.whl")
     assert wheel[0] == "pip install --no-deps https://x/flash.whl"
