@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,24 @@ def test_prepared_rows_as_a_sample_of_more(small_model: Path, tmp_path: Path) ->
     assert many.document_lengths.mean() == pytest.approx(exact.document_lengths.mean(), rel=0.02)
     assert many.num_targets == exact.num_targets * 400
     assert rows_of(spec(dataset_file_path=str(raw), **keys), 20_000).num_rows == 20_000
+
+
+def test_what_stage_1_saves_is_said_where_stage_2_reduces_twice_a_step() -> None:
+    """By hand: one reduction less of 2 · 4 · P / 2 bytes; the other card's half of the fp32 gradients stays."""
+    from anchor_cli.plan.checks import _stage_1_saves
+
+    hardware = Hardware(GPUS["h100-nvl"], 2, 94 * 2**30)
+    config = {
+        "zero_optimization": {"stage": 2},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    one, two = (replace(made(), cut=replace(made().cut, micro_batches_per_step=count)) for count in (1, 2))
+    assert _stage_1_saves(spec(), hardware, one, config) == ""
+    assert _stage_1_saves(spec(), hardware, two, config | {"zero_optimization": {"stage": 1}}) == ""
+    P = 596_049_920
+    want = f"; stage 1 would send {4 * P / 1e9:.1f} GB less a step and rank, for {2 * P / 1e9:.1f} GB more memory"
+    assert _stage_1_saves(spec(), hardware, two, config) == want
 
 
 def test_many_checkpoints_are_named_with_what_a_limit_saves() -> None:

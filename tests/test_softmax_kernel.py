@@ -174,7 +174,7 @@ def test_the_forms_are_chosen_by_device_and_type(monkeypatch: pytest.MonkeyPatch
     layer = OutputLayer(torch.nn.Parameter(torch.zeros(10, 4)))
     assert not layer.is_fused(torch.zeros(2, 4, device="cpu"))
     assert not OutputLayer(layer.weight, fused=True).is_fused(torch.zeros(2, 4, dtype=torch.float64))
-    assert softmax_kernel.works(DEVICE, torch.bfloat16)
+    assert softmax_kernel.works(DEVICE, torch.bfloat16) and softmax_kernel.works(DEVICE, torch.float32)
 
     def broken(*_: Any) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")

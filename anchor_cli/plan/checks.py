@@ -29,6 +29,7 @@ from anchor_cli.model.kernel_packages import FLASH_MODULES, INSTALL_FLASH_ATTN, 
 from anchor_cli.plan.estimate import Estimate, Hardware
 from anchor_cli.plan.inputs import place_of
 from anchor_cli.plan.memory import USABLE_SHARE
+from anchor_cli.plan.zero import state_options
 from anchor_cli.processes.gpus import cuda_problem, local_gpus
 from anchor_cli.spec.deepspeed import resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
@@ -163,7 +164,18 @@ def _deepspeed(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dic
         yield Check("deepspeed", "fail", error.message, error.hint or "")
     else:
         stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
-        yield Check("deepspeed", "ok", f"{spec.deepspeed}: ZeRO stage {stage}, {spec.precision}")
+        message = f"{spec.deepspeed}: ZeRO stage {stage}, {spec.precision}"
+        yield Check("deepspeed", "ok", message + _stage_1_saves(spec, hardware, made, ds_config))
+
+
+def _stage_1_saves(spec: RunSpec, hardware: Hardware, made: Estimate, ds_config: dict[str, Any]) -> str:
+    """What ZeRO-1, which reduces once a step, saves over ZeRO-2, which does in every micro-batch; empty: nothing."""
+    options, repeats = state_options(spec, ds_config, hardware.num_gpus), made.cut.micro_batches_per_step - 1
+    if options.zero_stage != 2 or not repeats or hardware.num_gpus == 1 or hardware.gpu is None:
+        return ""
+    share = made.parameters * (hardware.num_gpus - 1) / hardware.num_gpus
+    sent, kept = repeats * 2 * options.communication_bytes * share, options.gradient_bytes * share
+    return f"; stage 1 would send {sent / GB:.1f} GB less a step and rank, for {kept / GB:.1f} GB more memory"
 
 
 def _kernel(spec: RunSpec, hardware: Hardware, elsewhere: bool) -> Iterator[Check]:

@@ -185,7 +185,7 @@ class RunSpec(BaseModel):
     eval_on_start: bool = False
     """Evaluate before the first step, too."""
     eval_batch_size: Positive = 64
-    """Texts encoded at once in evaluation."""
+    """Texts encoded at once in evaluation on a CPU. A GPU packs by tokens: 64 short texts do not fill it."""
     eval_data: list[str] | None = None
     """Benchmarks, each `[LANG:]NAME_OR_DIR` as in `anchor eval --data`, or `suite:NAME` as in `anchor eval --suite`.
     Default: the four NanoBEIR sets of KURE."""

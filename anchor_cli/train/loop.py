@@ -207,7 +207,7 @@ class Evaluation:
             name=run.spec.experiment,
             dimension=int(run.model.language_model.config.hidden_size),
             device=run.ranks.device,
-            batch_texts=run.spec.eval_batch_size,
+            batch_texts=None if run.ranks.device.type == "cuda" else run.spec.eval_batch_size,
             group=run.ranks.cpu_group,
             between=between_batches,
         )
