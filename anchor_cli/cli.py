@@ -6,6 +6,7 @@ typer, the standard library and `anchor_cli/base` at its top, so that `--help` c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -16,9 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 from anchor_cli import __version__
-from anchor_cli.base.console import tolerate_encodings
 from anchor_cli.base.errors import AnchorError, first_line, nearest
 from anchor_cli.base.files import home_expanded
+from anchor_cli.base.streams import flush_results, prepare_home, prepare_streams
 
 COMMANDS = {
     "Start": {
@@ -142,12 +143,13 @@ def _anchor(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; every failure is one or two plain lines on stderr."""
-    tolerate_encodings()
+    prepare_streams()
     arguments = [home_expanded(each) for each in (sys.argv[1:] if arguments is None else arguments)]
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="anchor", standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into an exit
             raise KeyboardInterrupt
+        flush_results()
         return code if isinstance(code, int) else 0
     except AnchorError as error:
         return _fail(error.message, error.hint, error.exit_code, error)
@@ -182,9 +184,10 @@ def _fail(message: str, hint: str | None, code: int, error: BaseException | None
     from anchor_cli.base.console import console
 
     out = console()
-    out.print(f"anchor: {message}", style="bold red" if code == 1 or code == 2 else None)
-    if hint:
-        out.print(f"  {hint}")
+    with contextlib.suppress(OSError):  # stderr is full or gone: the exit code is what is left
+        out.print(f"anchor: {message}", style="bold red" if code == 1 or code == 2 else None)
+        if hint:
+            out.print(f"  {hint}")
     return code
 
 
@@ -206,6 +209,7 @@ def _let_memory_segments_grow() -> None:
 
 def main() -> None:
     """Entry point of the `anchor` command. DeepSpeed's launcher adds an argument that is in its environment, too."""
+    prepare_home()
     _let_memory_segments_grow()
     _keep_stdout_for_results()
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]

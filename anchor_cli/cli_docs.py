@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "Default: `~/.cache/anchor`.",
     "`ANCHOR_NANOBEIR`": "A snapshot of `anchor prepare nanobeir`, read in place of the Hub.",
     "`ANCHOR_HANG_TIMEOUT_S`": "Seconds without progress after which a run is ended. Default: 1800.",
+    "`HOME`": "Without it, and without an account (a container's arbitrary uid), a folder of the user's own in `/tmp`.",
     "`NO_COLOR`": "Plain text on a terminal.",
     "`CUDA_VISIBLE_DEVICES`": "The GPUs that `anchor train` starts on and `anchor plan` plans for.",
     "`OMP_NUM_THREADS`": "CPU threads of each process that `anchor train` starts. Default: the cores, shared out.",

@@ -136,6 +136,7 @@ def test_verify_resume_proves_it_with_real_processes(world: World) -> None:
     command[command.index("2")] = "5"
     done = subprocess.run(command, env=environment(world.folder / "home"), capture_output=True, text=True, timeout=500)
     assert done.returncode == 2 and "fewer than 10 steps" in done.stderr
+    assert "saved " not in done.stderr and "report.html" not in done.stderr  # of what is removed
 
 
 @pytest.mark.slow

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
+
+from anchor_cli.base.streams import write_result
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,18 +62,14 @@ def warn(line: str) -> None:
     console().print(f"warning: {line}", style="yellow")
 
 
-def tolerate_encodings() -> None:
-    """Print `?` where stdout or stderr has an encoding that lacks a character (LANG=C, an old locale)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
 def print_json(obj: Any) -> None:
-    """The result, as one JSON document on stdout; in ASCII where its encoding is not one of Unicode."""
-    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    sys.stdout.write(json.dumps(obj, ensure_ascii=not unicode, indent=2) + "\n")
-    sys.stdout.flush()
+    """The result, as one JSON document on stdout; in ASCII where its encoding lacks a character.
+
+    Raises:
+        RunError: stdout is closed or full.
+    """
+    plain, escaped = (json.dumps(obj, ensure_ascii=escape, indent=2) + "\n" for escape in (False, True))
+    write_result(plain, ascii_text=escaped)
 
 
 class Progress:

@@ -69,6 +69,11 @@ def with_line_breaks(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+def on_one_line(text: str) -> str:
+    """A text to type in a shell: what `with_line_breaks` reads."""
+    return text.replace("\n", "\\n").replace("\t", "\\t")
+
+
 def check_template(template: str) -> str:
     """The template itself.
 

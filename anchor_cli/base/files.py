@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError
 
 _BLOCK_BYTES = 1 << 20
@@ -169,6 +170,32 @@ def sweep_staged(final: str | Path) -> None:
 
 def _aside(final: Path) -> Path:
     return final.with_name(f"{final.name}.old")
+
+
+@contextmanager
+def one_at_a_time(target: Path, waiting: str) -> Iterator[None]:
+    """Only one process of those that want to make `target` is inside the block; the others say `waiting` and wait.
+
+    The kernel frees the lock of a process that ends, however it ends. Where it cannot lock, all go in at once.
+    """
+    from filelock import FileLock, Timeout
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # filelock looks whether what it has locked is still there
+        lock.release()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -112,6 +113,22 @@ def lock_run(run: Path, timeout_s: float | None = None) -> None:
     _held[run.absolute()] = lock
 
 
+def remove_if_refused(run: Path, above: Path) -> None:
+    """Remove the folder of a refused start, and empty parents below `above`, where nothing but logs came of it."""
+    if not run.is_dir() or {path.name for path in run.iterdir()} - {"logs", ".lock"}:
+        return
+    try:
+        lock_run(run, timeout_s=0)
+    except (InputError, OSError):  # another process starts there
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    unlock_run(run)
+    for parent in run.parents:
+        if parent == above or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
 def unlock_run(run: Path) -> None:
     """Give the lock back, where this process holds it."""
     if lock := _held.pop(run.absolute(), None):
@@ -154,7 +171,11 @@ def remember_run(run: str | Path) -> None:
 
 def remembered_runs() -> list[Path]:
     """Runs that are still there, each once: first those of this project (`is_here`), and last started first."""
-    runs = [Path(line["run"]) for line in read_json_lines(anchor_home() / "runs.jsonl") if "run" in line]
+    try:
+        lines = read_json_lines(anchor_home() / "runs.jsonl")
+    except OSError:  # a home that cannot be read is one without runs
+        return []
+    runs = [Path(line["run"]) for line in lines if "run" in line]
     present = [run for run in dict.fromkeys(reversed(runs)) if run.is_dir()]
     return sorted(present, key=lambda run: not is_here(run))  # sorted is stable
 

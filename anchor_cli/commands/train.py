@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -33,26 +34,28 @@ def train(
     flag = StopFlag()
     flag.install()  # first of all: signals are handled from here on
     from anchor_cli.base.console import say
-    from anchor_cli.processes.launch import LAUNCHED, launch, prepare_run_folder
+    from anchor_cli.processes.launch import LAUNCHED, launch, run_folder_of
     from anchor_cli.processes.ranks import as_node, environment_ranks
     from anchor_cli.spec.load import load_spec
+    from anchor_cli.train.worker import run_rank
 
     ranks, node = environment_ranks(), as_node()
     resolved = load_spec(spec, overrides, announce=LAUNCHED not in os.environ and (ranks is None or ranks[0] == 0))
-    if ranks is None or node is not None:  # by hand, or by a scheduler that starts one process a node
-        from anchor_cli.data.training_set import prepare_raw
-        from anchor_cli.processes.gpus import cuda_problem, local_gpus
+    train_here = partial(run_rank, resolved, spec.absolute(), tuple(skip_step or ()), flag)
+    if ranks is not None and node is None:  # a worker of a launcher
+        train_here()
+        return
+    from anchor_cli.data.training_set import prepare_raw
+    from anchor_cli.processes.gpus import cuda_problem, local_gpus
 
-        if problem := cuda_problem():
-            raise problem
-        processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
+    if problem := cuda_problem():
+        raise problem
+    processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
+    with run_folder_of(resolved.run_folder):
         if node is None or node[0] == 0:  # the other nodes' ranks wait for this node's
-            prepare_run_folder(resolved.run_folder)
             prepare_raw(resolved)
             say(f"{resolved.run_folder}: starting {processes} process{'es' if processes > 1 else ''}")
         if processes > 1:
             launch(sys.argv[1:], processes, resolved.run_folder, node or (0, 1))
-            return
-    from anchor_cli.train.worker import run_rank
-
-    run_rank(resolved, spec.absolute(), tuple(skip_step or ()), flag)
+        else:
+            train_here()

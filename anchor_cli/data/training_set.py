@@ -12,8 +12,9 @@ from pathlib import Path
 
 from anchor_cli.base.console import say
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
-from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, differences, read_contract
+from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, differences, on_one_line, read_contract
 from anchor_cli.base.errors import InputError
+from anchor_cli.base.files import one_at_a_time
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.text import contract_with, load_tokenizer
 from anchor_cli.data.tokenizer_fit import embedding_rows, require_exportable, require_ids_within
@@ -80,9 +81,17 @@ def prepare_raw(spec: RunSpec) -> Path:
     contract = contract_for(spec)
     folder = prepared_folder(spec, contract)
     if not (folder / MANIFEST).is_file():
-        from anchor_cli.data.prepare.prepare import Options, prepare
+        with one_at_a_time(folder, f"{source}: another process prepares it into {folder}; waiting for that"):
+            if not (folder / MANIFEST).is_file():
+                _prepare(spec, contract, folder)
+    return folder
 
-        say(f"{source}: raw data; preparing it once into {folder}")
+
+def _prepare(spec: RunSpec, contract: TextContract, folder: Path) -> None:
+    from anchor_cli.data.prepare.prepare import Options, prepare
+
+    say(f"{spec.dataset_file_path}: raw data; preparing it once into {folder}")
+    try:
         prepare(
             [str(spec.dataset_file_path)],
             folder,
@@ -94,7 +103,9 @@ def prepare_raw(spec: RunSpec) -> Path:
             num_proc=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
             options=Options(negatives=spec.stage == "II"),
         )
-    return folder
+    except InputError:
+        if not (folder / MANIFEST).is_file():  # else another process was first, on a file system without locks
+            raise
 
 
 def training_pairs(spec: RunSpec, contract: TextContract) -> PreparedPairs:
@@ -119,9 +130,9 @@ def prepare_command(spec: RunSpec, folder: Path) -> str:
     words = ["anchor", "prepare", spec.dataset_file_path, "--out", str(folder)]
     words += ["--tokenizer", spec.model_name_or_path, "--max-seq-length", str(spec.max_seq_length)]
     if spec.text_template != TEXT_TEMPLATE:
-        words += ["--text-template", spec.text_template]
+        words += ["--text-template", on_one_line(spec.text_template)]
     for language, instruction in (spec.instructions or {}).items():
-        words += ["--instruction", instruction if language == "*" else f"{language}={instruction}"]
+        words += ["--instruction", on_one_line(instruction if language == "*" else f"{language}={instruction}")]
     return shlex.join([*words, *(["--stage", "II"] if spec.stage == "II" else [])])
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from typing import IO
 
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, Stopped
-from anchor_cli.base.runs import RunFolder, lock_run, unlock_run
+from anchor_cli.base.runs import RunFolder, lock_run, remove_if_refused, unlock_run
 from anchor_cli.processes.ranks import complete_rendezvous, free_port, threads_each
 from anchor_cli.processes.signals import AT_ONCE, SAME_KEY_S, STOP_SIGNALS, kill
 from anchor_cli.processes.watchdog import Failure, clear_heartbeats
@@ -218,6 +219,22 @@ def prepare_run_folder(run_folder: Path) -> None:
     except OSError as error:
         message = f"output_dir: {error.filename or run_folder}: cannot be written ({error.strerror})"
         raise InputError(message, hint="set output_dir to a folder that can be written") from None
+
+
+@contextlib.contextmanager
+def run_folder_of(run_folder: Path) -> Iterator[None]:
+    """The run's folder exists inside the block. A start that is refused there leaves no empty one behind."""
+    above = run_folder
+    while not above.exists():
+        above = above.parent
+    prepare_run_folder(run_folder)
+    try:
+        yield
+    except (InputError, SystemExit) as error:
+        if isinstance(error, InputError) or error.code == InputError.exit_code:  # a worker has reported it
+            with contextlib.suppress(OSError):
+                remove_if_refused(run_folder, above)
+        raise
 
 
 def refuse_if_trained(run_folder: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from anchor_cli.base.contract import with_line_breaks
 from anchor_cli.base.errors import InputError, nearest
@@ -119,11 +120,29 @@ def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise InputError(f"--set {override}: expected key=value")
-        try:
-            given[key.strip()] = json.loads(text, parse_constant=_no_constant)
-        except ValueError:
-            given[key.strip()] = text  # plain text needs no quotes
+        given[key.strip()] = _value_of(key.strip(), text)
     return given
+
+
+def _value_of(key: str, text: str) -> Any:
+    """The value of `--set KEY=TEXT`: JSON; plain text needs no quotes, nor does a text key's 20240101 or true."""
+    field = RunSpec.model_fields.get(compat.RENAMED.get(key, key))
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        return text
+    if field is not None and not _fits(field, value) and _fits(field, text):
+        return text
+    return value
+
+
+def _fits(field: FieldInfo, value: Any) -> bool:
+    """Whether a key of the spec takes a value."""
+    try:
+        TypeAdapter(field.rebuild_annotation()).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _refuse_unknown(layer: dict[str, Any], where: str) -> None:

@@ -61,10 +61,7 @@ class Training:
         self.end()
 
     def begin(self) -> None:
-        """The last check, and from here on a signal stops the loop instead of the process."""
-        with self.run.ranks.refuse_together():
-            if self.run.is_first:
-                self.checkpoints.require_room()
+        """From here on a signal stops the loop instead of the process."""
         self.live.begin()
         self.run.ranks.barrier()
         self.flag.poll_from_now_on()

@@ -91,27 +91,28 @@ class Checkpoints:
                 warn(f"older checkpoints could not be removed ({error}); the next save tries again")
         return True
 
-    def require_room(self) -> None:
-        """Before the first step: room for one checkpoint; a warning when there is none for all this run will keep.
 
-        Raises:
-            InputError: not even one fits.
-        """
-        run, one = self._run, bytes_of_one(self._run)
-        planned = 1 + ((run.last_step - run.first_step - 1) // self._every if self._every else 0)
-        limit = run.spec.save_total_limit
-        count = planned if limit is None else min(planned, max(1, limit + 1 - len(list_checkpoints(run.folder))))
-        free = free_bytes(run.folder)
-        if free < one and run.first_step < run.last_step:
-            raise InputError(
-                f"{run.folder}: {in_units(free)} free, but one checkpoint needs {in_units(one)}",
-                hint="free some space, or set output_dir to another disk",
-            )
-        if free < count * one:
-            warn(
-                f"{run.folder}: {in_units(free)} free, but the {count} checkpoints of {in_units(one)} to come"
-                f" need {in_units(count * one)}; set save_total_limit or free some space"
-            )
+def require_room(run: Run) -> None:
+    """Before the first step: room for one checkpoint; a warning when there is none for all this run will keep.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    one, every = bytes_of_one(run), interval_steps(run.spec.save_steps, run.total_steps)
+    planned = 1 + ((run.last_step - run.first_step - 1) // every if every else 0)
+    limit = run.spec.save_total_limit
+    count = planned if limit is None else min(planned, max(1, limit + 1 - len(list_checkpoints(run.folder))))
+    free = free_bytes(run.folder)
+    if free < one and run.first_step < run.last_step:
+        raise InputError(
+            f"{run.folder}: {in_units(free)} free, but one checkpoint needs {in_units(one)}",
+            hint="free some space, or set output_dir to another disk",
+        )
+    if free < count * one:
+        warn(
+            f"{run.folder}: {in_units(free)} free, but the {count} checkpoints of {in_units(one)} to come"
+            f" need {in_units(count * one)}; set save_total_limit or free some space"
+        )
 
 
 def save(run: Run, step: int, log: MetricsLog | None) -> None:

@@ -32,7 +32,7 @@ from anchor_cli.train.deepspeed import build_engine
 from anchor_cli.train.objective import Objective, objective_of
 from anchor_cli.train.optimizer_state import load_optimizer_state
 from anchor_cli.train.run import Run
-from anchor_cli.train.saving import sweep_partials
+from anchor_cli.train.saving import require_room, sweep_partials
 
 _PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless; data has a fingerprint
 _BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
@@ -55,7 +55,11 @@ def start_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, watchdog: Watchdog
             sweep_partials(spec.run_folder)
             checkpoint = checkpoint_to_continue(spec, contract, pairs.fingerprint)
     chosen = ranks.broadcast(str(checkpoint) if checkpoint else None)
-    return build_run(spec, ranks, spec_folder, contract, pairs, Path(chosen) if chosen else None, watchdog)
+    run = build_run(spec, ranks, spec_folder, contract, pairs, Path(chosen) if chosen else None, watchdog)
+    with ranks.refuse_together():
+        if run.is_first:
+            require_room(run)
+    return run
 
 
 def checkpoint_to_continue(spec: RunSpec, contract: TextContract, data_fingerprint: str) -> Path | None:

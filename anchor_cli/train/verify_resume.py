@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from anchor_cli.base.console import say
+from anchor_cli.base.console import progress, say
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.metric_names import STEP, TRAIN_KEYS
 from anchor_cli.base.runs import RunFolder, read_json_lines
@@ -102,18 +103,9 @@ def verify_resume(
         settings = [*overrides, *(f"{key}={value}" for key, value in changes.items())]
         sets = [argument for setting in settings for argument in ("--set", setting)]
         count = ["--nproc-per-node", str(processes)] if processes else []
-        say(f"training {name} to step {stop}")
-        done = subprocess.run(
-            [sys.executable, "-m", "anchor_cli", "train", str(spec_path), *sets, *count],
-            env={**os.environ, "ANCHOR_HOME": str(folder / "home")},
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
-        if done.returncode:
-            raise (InputError if done.returncode == 2 else RunError)(
-                f"training {name} ended with exit code {done.returncode}", hint="its own message is above"
-            )
+        _train([str(spec_path), *sets, *count], RunFolder(folder / name), stop, folder)
 
+    say(f"{2 * num_steps} steps, then {num_steps} + {num_steps}, in a folder of {output} that is removed at the end")
     try:
         train("uninterrupted", 2 * num_steps)
         if not RunFolder(folder / "uninterrupted").checkpoint(2 * num_steps).is_dir():
@@ -129,6 +121,34 @@ def verify_resume(
         return Verdict(num_steps, processes, resumed, noise)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _train(arguments: list[str], run: RunFolder, stop: int, folder: Path) -> None:
+    """One training as a real command. What it prints names files that are removed: it is shown when it fails."""
+    log = folder / f"{run.path.name}.log"
+    with log.open("w") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "anchor_cli", "train", *arguments],
+            env={**os.environ, "ANCHOR_HOME": str(folder / "home")}, stdout=out, stderr=out,
+        )  # fmt: skip
+    done = len(read_json_lines(run.metrics))
+    try:
+        with progress(f"training {run.path.name} to step {stop}", stop - done, "steps") as bar:
+            while child.poll() is None:
+                time.sleep(0.2)
+                now = len(read_json_lines(run.metrics))
+                bar.advance(now - done)
+                done = now
+    finally:
+        if child.poll() is None:  # Ctrl-C
+            child.terminate()
+            child.wait()
+    if child.returncode:
+        printed = log.read_text(encoding="utf-8", errors="replace")
+        sys.stderr.write(printed[max(0, printed.rfind("\nanchor: ")) :].strip() + "\n")
+        raise (InputError if child.returncode == 2 else RunError)(
+            f"training {run.path.name} ended with exit code {child.returncode}", hint="its own message is above"
+        )
 
 
 def difference(one: Path, other: Path, last_step: int) -> Difference:

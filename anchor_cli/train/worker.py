@@ -76,11 +76,12 @@ def train(spec: RunSpec, spec_folder: Path, skip_steps: tuple[int, ...], flag: S
     with enough_memory(ranks.rank, "before the first step", more):
         run = start_run(spec, ranks, spec_folder, watchdog)
     run.skip(skip_steps)
-    if run.is_first:
-        write_records(run)
     smaller = "lower max_tokens_per_micro_batch, or gradient_checkpointing: true; the same command then goes on"
     with enough_memory(ranks.rank, f"with micro-batches of up to {run.token_budget:,} tokens", smaller):
-        Training(run, flag, watchdog).train()
+        training = Training(run, flag, watchdog)
+        if run.is_first:
+            write_records(run)
+        training.train()
     leave_processes()
 
 
