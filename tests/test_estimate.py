@@ -17,10 +17,11 @@ from anchor_cli.cli import run
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks, snapshot_nanobeir
 from anchor_cli.plan import estimate, flops, probe, zero
 from anchor_cli.plan.checks import check_plan
-from anchor_cli.plan.estimate import Hardware, Rows, Throughput
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name
 from anchor_cli.plan.inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
+from anchor_cli.plan.result import Estimate, Hardware, Throughput
+from anchor_cli.plan.rows import Rows
 from anchor_cli.plan.zero import StateOptions
 from anchor_cli.processes.gpus import local_gpus
 from anchor_cli.spec.spec import RunSpec
@@ -75,7 +76,7 @@ def test_disk(keys: dict[str, Any], kept: int) -> None:
     assert got.checkpoint_bytes == 14 * 596_049_920 + 32 * 2**20
 
 
-def made(throughput: Throughput | None = None, **keys: Any) -> estimate.Estimate:
+def made(throughput: Throughput | None = None, **keys: Any) -> Estimate:
     hardware, config = Hardware(GPUS["h100-nvl"], 2, 94 * 2**30), {"zero_optimization": {"stage": 2}}
     return estimate.estimate(spec(**keys), SHAPE, some_rows(), hardware, config, throughput or Throughput())
 

@@ -13,8 +13,8 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.commands.options import AsJson, Device, Overrides, SpecFile
 
 if TYPE_CHECKING:
-    from anchor_cli.plan.estimate import Estimate
     from anchor_cli.plan.probe import Probe
+    from anchor_cli.plan.result import Estimate
 
 GB = 1e9
 
@@ -54,8 +54,9 @@ def plan(
     """Print what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
     from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
     from anchor_cli.plan.checks import check_plan
-    from anchor_cli.plan.estimate import Throughput, estimate
+    from anchor_cli.plan.estimate import estimate
     from anchor_cli.plan.inputs import asks_the_hub, hardware_of, rows_of, shape_of
+    from anchor_cli.plan.result import Throughput
     from anchor_cli.spec.deepspeed import load_ds_config
     from anchor_cli.spec.hub_names import needs_hub
     from anchor_cli.spec.load import load_spec

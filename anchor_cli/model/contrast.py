@@ -16,6 +16,8 @@ hardness weights are arXiv 2503.04812 (in-batch negatives) and 2509.20354 (a row
 
 Gradients are written out: d L / d s_ic = (softmax(z_i)_c - [c = p(i)]) / (temperature * G). Scores are formed in chunks
 of rows in float32 (float64 stays), each dropped before the next, so memory does not grow with G x N.
+
+Long because the loss and its written-out gradient are read together, term by term.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from anchor_cli.data.benchmarks.nanobeir import MANIFEST_FILE, is_nano_folder
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.training_set import contract_for
 from anchor_cli.model.kernel_packages import FLASH_MODULES, INSTALL_FLASH_ATTN, is_installed
-from anchor_cli.plan.estimate import Estimate, Hardware
 from anchor_cli.plan.inputs import place_of
 from anchor_cli.plan.memory import USABLE_SHARE
+from anchor_cli.plan.result import Estimate, Hardware
 from anchor_cli.plan.zero import state_options
 from anchor_cli.processes.gpus import cuda_problem, local_gpus
 from anchor_cli.spec.deepspeed import resolve_ds_config

@@ -6,11 +6,10 @@ on a named assumption, which can be replaced by a measurement (`--mfu`, `--token
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from anchor_cli.base.checkpoints import checkpoint_bytes
 from anchor_cli.base.errors import InputError
@@ -18,165 +17,19 @@ from anchor_cli.data.batches import epoch_order, fill_bins, make_plan
 from anchor_cli.plan import flops
 from anchor_cli.plan import memory as memory_model
 from anchor_cli.plan.budget import choose_budget, expected_kernel
-from anchor_cli.plan.contrast import ContrastWork, Negatives, assumed_negatives, loss_bytes, work_of
+from anchor_cli.plan.contrast import ContrastWork, loss_bytes, work_of
 from anchor_cli.plan.flops import ModelShape
-from anchor_cli.plan.hardware import Gpu
-from anchor_cli.plan.memory import LayerOptions, Memory
+from anchor_cli.plan.memory import LayerOptions
+from anchor_cli.plan.result import Disk, Estimate, Hardware, MicroBatches, Steps, Throughput, Time, Tokens
+from anchor_cli.plan.rows import IntArray, Rows
 from anchor_cli.plan.zero import StateOptions, communication_bytes, state_options
 from anchor_cli.spec import schedule
 from anchor_cli.spec.spec import RunSpec
 
-IntArray = npt.NDArray[np.int32]
-ASSUMED_MFU = 0.40
-"""Share of the card's peak spent on useful work; assumption: no GPU was measured (docs/benchmarks.md)."""
-ASSUMED_MEAN_SHARE, ASSUMED_DOCUMENT_TOKENS = 0.72, 493
-"""Mean document length where no data are at hand: a share of max_seq_length, and not more than what documents have that
-are hardly cut (measured on 9,821 Korean and English rows: 368 at 512, 493 at 2,048)."""
-ASSUMED_QUERY_TOKENS = 42
-"""Mean query length with KURE's instruction (measured on 9,827 rows)."""
 FP32_TFLOPS = 20.0
 """Rate of the float32 loss of Stage II on a card; assumption, a third of an H100's."""
 CHECKPOINT_REST_BYTES = 32 * 2**20
 """Tokenizer, configs, manifest of a checkpoint (measured: 11 MB of tokenizer; rounded up)."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Lengths in tokens, [EOS] included. `source`: where they come from, as it is printed."""
-
-    query_lengths: IntArray  # (R,)
-    document_lengths: IntArray  # (R,)
-    num_targets: int
-    truncated_share: float | None
-    source: str
-    negatives: Negatives | None = None
-    """Of Stage II."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.query_lengths)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What the run is planned for. `gpu` None: CPU processes, whose speed and memory are not modelled."""
-
-    gpu: Gpu | None
-    num_gpus: int
-    memory_bytes: float | None
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """`tokens_per_s` of the whole run where measured, else the assumed share of peak."""
-
-    mfu: float = ASSUMED_MFU
-    tokens_per_s: float | None = None
-    basis: str = "assumed"
-
-
-@dataclass(frozen=True)
-class Steps:
-    num_rows: int
-    global_batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-    last_step: int
-    warmup_steps: int
-    rows_dropped_per_epoch: int
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Texts' own tokens, each counted once."""
-
-    mean_query: float
-    mean_document: float
-    longest_row: int
-    per_step: float
-    whole_run: float
-    truncated_share: float | None
-    source: str
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """How a step is divided on every rank."""
-
-    token_budget: int
-    budget_source: str
-    micro_batches_per_step: int
-    heaviest_tokens: int
-    gradient_checkpointing: bool
-    checkpointing_source: str
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds; `step_s` of computing, `communication_s` of it hidden or not, `total_s` from first step to last."""
-
-    step_s: float
-    communication_s: float
-    communication_gb: float
-    total_s: float
-    model_tflop_per_step: float
-    basis: str
-
-
-@dataclass(frozen=True)
-class Disk:
-    checkpoint_bytes: int
-    checkpoints_kept: int
-    total_bytes: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What `anchor plan` prints; None where nothing is known."""
-
-    parameters: int
-    steps: Steps
-    tokens: Tokens
-    cut: MicroBatches
-    memory: Memory | None
-    device_bytes: float | None
-    time: Time | None
-    disk: Disk
-    contrast: ContrastWork | None = None
-    """Of Stage II."""
-
-    def as_dict(self) -> dict[str, Any]:
-        made = asdict(self)
-        if self.memory is not None:
-            made["memory"]["total"] = self.memory.total
-        return made
-
-
-def assumed_rows(num_rows: int, spec: RunSpec, mean_query: int | None = None, mean_document: int | None = None) -> Rows:
-    """Lengths where the data are not at hand: the means given or assumed, and one longest row."""
-    usual = min(round(ASSUMED_MEAN_SHARE * spec.max_seq_length), ASSUMED_DOCUMENT_TOKENS)
-    document = min(max(4, mean_document or usual), spec.max_seq_length)
-    query = min(max(4, mean_query or ASSUMED_QUERY_TOKENS), spec.max_seq_length)
-    lengths = np.full(num_rows, document, dtype=np.int32)
-    lengths[0] = spec.max_seq_length
-    queries = np.full(num_rows, query, dtype=np.int32)
-    targets = int(queries.sum(dtype=np.int64) + lengths.sum(dtype=np.int64)) - 2 * num_rows
-    negatives = assumed_negatives(num_rows, document, spec) if spec.stage == "II" else None
-    kind = "given" if mean_query and mean_document else "assumed"
-    source = f"{kind}: queries of {query}, documents of {document} tokens on average"
-    return Rows(queries, lengths, targets, None, source, negatives)
-
-
-def scaled(rows: Rows, num_rows: int) -> Rows:
-    """A sample of the data, drawn with replacement to the rows of the whole."""
-    drawn = np.random.default_rng(0).integers(rows.num_rows, size=num_rows)
-    targets = round(rows.num_targets * num_rows / rows.num_rows)
-    source = f"{rows.source}, {rows.num_rows:,} rows taken as a sample of {num_rows:,}"
-    negatives = rows.negatives
-    if negatives is not None:
-        negatives = Negatives(negatives.counts[drawn], negatives.tokens[drawn], negatives.longest)
-    lengths = rows.query_lengths[drawn], rows.document_lengths[drawn]
-    return Rows(*lengths, targets, rows.truncated_share, source, negatives)
 
 
 def estimate(

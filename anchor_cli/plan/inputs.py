@@ -13,9 +13,10 @@ from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off, hub_set
 from anchor_cli.data.contrast_rows import ContrastData
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.contrast import Negatives
-from anchor_cli.plan.estimate import Hardware, Rows, assumed_rows, scaled
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import gpu_named, gpu_of_device_name
+from anchor_cli.plan.result import Hardware
+from anchor_cli.plan.rows import Rows, assumed_rows, scaled
 from anchor_cli.processes.gpus import local_gpus
 from anchor_cli.spec.spec import RunSpec
 

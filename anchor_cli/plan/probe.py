@@ -19,9 +19,9 @@ from anchor_cli.model.attention import PACKED_ATTENTION, choose_kernel, register
 from anchor_cli.model.backbone import apply_liger, checkpoint_activations, load_backbone
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
-from anchor_cli.plan.estimate import Estimate
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.inputs import config_of
+from anchor_cli.plan.result import Estimate
 from anchor_cli.processes.gpus import on_gpu
 from anchor_cli.spec.spec import RunSpec
 

@@ -2,6 +2,8 @@
 
 The field docstrings are the documentation: `docs/reference/spec.md` and `docs/spec.schema.json` are generated from them
 (`python -m anchor_cli.spec.docs`). Validators only look and derive; nothing is opened, started or downloaded.
+
+Long because every key stands here with its documentation, in the order of the reference page.
 """
 
 from __future__ import annotations
