@@ -37,6 +37,14 @@ def test_one_of_the_two_fuses_on_cuda(
     assert ("a step takes about twice as long" in said) == (want == (False, False))
 
 
+def test_split_weights_are_compiled_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "kernel_works", lambda device, dtype: True)
+    monkeypatch.setattr(fusing, "decide_liger", lambda choice, model, device: choice is not False)
+    for asked, want in (("auto", (False, True)), (True, (True, False))):
+        got = decide_fusing(asked, "auto", "model", CUDA, torch.bfloat16, split_weights=True)  # type: ignore[arg-type]
+        assert got == want
+
+
 def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert decide_fusing("auto", "auto", "model", CPU, torch.float32) == (False, False)
     assert decide_fusing(True, "auto", "model", CPU, torch.float32) == (True, False)

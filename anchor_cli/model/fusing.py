@@ -27,17 +27,21 @@ def decide_fusing(
     model: str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    split_weights: bool = False,
 ) -> tuple[bool, bool]:
     """(torch.compile, Liger) of this run, before a model is loaded. `auto` takes one of the two on CUDA, none on a CPU.
 
     torch.compile is the first choice by the counts above, where a trial shows that Triton kernels can be built here.
+    `split_weights`: ZeRO-3, which gathers weights by hooks of the modules that use them; only modules that stay
+    whole are fused then, so not by torch.compile unless asked for.
 
     Raises:
         InputError: `liger: true`, and it cannot.
     """
     on_cuda = device.type == "cuda"
     compiled = torch_compile is True
-    if torch_compile == "auto" and on_cuda and liger is not True:
+    if torch_compile == "auto" and on_cuda and liger is not True and not split_weights:
         compiled = kernel_works(device, dtype)
     use_liger = decide_liger(False if compiled and liger == "auto" else liger, model, device)
     if on_cuda and not compiled and not use_liger:
@@ -48,10 +52,18 @@ def decide_fusing(
     return compiled, use_liger
 
 
-def fuse(model: PreTrainedModel, compiled: bool, liger: bool, device: torch.device, dtype: torch.dtype) -> bool:
+def fuse(
+    model: PreTrainedModel,
+    compiled: bool,
+    liger: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    split_weights: bool = False,
+) -> bool:
     """Apply what was decided, and our kernel for queries and keys where it runs. True where Liger was applied."""
     applied = liger and apply_liger(model)
-    if device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and not split_weights and importlib.util.find_spec("triton") is not None:
         from anchor_cli.model.rotary_kernel import fuse_queries_and_keys, works
 
         if works(device, dtype):

@@ -137,7 +137,9 @@ def build_run(
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     kernel = choose_kernel(spec.attn_implementation, ranks.device, dtype)
     objective = objective_of(spec, contract, pairs, ranks)
-    fusing = decide_fusing(spec.torch_compile, spec.liger, spec.model_name_or_path, ranks.device, dtype)
+    split = (raw.get("zero_optimization") or {}).get("stage") == 3
+    host = ranks.device, dtype
+    fusing = decide_fusing(spec.torch_compile, spec.liger, spec.model_name_or_path, *host, split_weights=split)
     global_batch = state.get("global_batch_size", spec.global_batch(ranks.world_size))
     budget = budget_of(spec, objective, global_batch, ranks, raw, kernel, liger=fusing[1])
     total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
@@ -150,7 +152,7 @@ def build_run(
         max_seq_length=contract.max_seq_length,
         reconstructs=spec.stage == "I",
     )
-    liger = fuse(language_model, *fusing, ranks.device, dtype)
+    liger = fuse(language_model, *fusing, *host, split_weights=split)
     model = objective.module(language_model, kernel, contract.pooling_mode)
     model.train()
     watchdog.phase("start-up (engine)", None)
