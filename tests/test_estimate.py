@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,27 @@ def test_disk(keys: dict[str, Any], kept: int) -> None:
     got = estimate.disk_of(run_spec, SHAPE, estimate.steps_of(run_spec, 5000, 1))
     assert got.checkpoints_kept == kept
     assert got.checkpoint_bytes == 14 * 596_049_920 + 32 * 2**20
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_checkpoint_has_the_size_of_a_real_one(precision: str, small_model: Path, tmp_path: Path) -> None:
+    """Weights and optimizer of a checkpoint that a run of one step has written; the rest is below its allowance."""
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("\n".join(json.dumps({"query": f"q {i}", "document": "d " * 9}) for i in range(8)))
+    keys = {"model_name_or_path": str(small_model), "dataset_file_path": str(raw), "precision": precision,
+            "max_seq_length": 160, "global_batch_size": 4, "max_steps": 1, "warmup_steps": 0, "experiment_id": "run",
+            "output_dir": str(tmp_path)}  # fmt: skip
+    (tmp_path / "spec.json").write_text(json.dumps(keys))
+    command = [sys.executable, "-m", "anchor_cli", "train", str(tmp_path / "spec.json"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in (tmp_path / "run" / "checkpoint-1").rglob("*") if path.is_file()]
+    tensors = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    run_spec = spec(**keys)
+    shape = shape_of(str(small_model))[0]
+    want = estimate.disk_of(run_spec, shape, estimate.steps_of(run_spec, 8, 1)).checkpoint_bytes - 32 * 2**20
+    assert tensors == pytest.approx(want, rel=0.05)  # headers of so small files
+    assert sum(path.stat().st_size for path in files) - tensors < 32 * 2**20
 
 
 def made(throughput: Throughput | None = None, **keys: Any) -> Estimate:
