@@ -22,7 +22,7 @@ from anchor_cli.data.tokenizer_fit import require_exportable
 from anchor_cli.data.training_set import contract_for
 from anchor_cli.evaluate.embedder import load_embedder
 from anchor_cli.export.export import export
-from anchor_cli.model import exactness
+from anchor_cli.model import backbone, exactness
 from anchor_cli.model.backbone import checkpoint_activations, load_backbone, refuse_configuration
 from anchor_cli.model.exactness import logit_scale, shrunk_config, try_configuration
 from anchor_cli.spec.load import load_spec
@@ -269,3 +269,31 @@ def test_a_contract_beside_the_model_changes_nothing_of_it(stablelm: Path, small
     write_contract(stablelm, make_contract(small_model))
     with pytest.raises(InputError, match="cannot be run without padding"):
         load_embedder(stablelm, dtype="float32")
+
+
+def test_a_plan_remembers_a_configuration_that_passed(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second plan of it imports no torch; another configuration, or one refused before, is tried."""
+    monkeypatch.setenv("ANCHOR_HOME", str(tmp_path / "home"))
+    spec = write_spec(tmp_path, small_model)
+    calls: list[str] = []
+    real = backbone.refuse_configuration
+
+    def counted(config: Any, source: str, **options: Any) -> Any:
+        calls.append(source)
+        return real(config, source, **options)
+
+    monkeypatch.setattr(backbone, "refuse_configuration", counted)
+    for _ in range(2):
+        anchor(["plan", str(spec)])
+    assert calls == [str(small_model)]
+    other = shutil.copytree(small_model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 30.0}))
+    spec = write_spec(tmp_path, other)
+    for _ in range(2):
+        capsys.readouterr()
+        anchor(["plan", str(spec)])
+        assert "soft-capped attention scores" in capsys.readouterr().out
+    assert calls == [str(small_model), str(other), str(other)]

@@ -53,7 +53,8 @@ def require_exportable(tokenizer: Tokenizer, model: str | Path) -> None:
     Raises:
         InputError: the normaliser that is in the way.
     """
-    for step in _normalisers(json.loads(tokenizer.to_str()).get("normalizer")):
+    normaliser = tokenizer.normalizer
+    for step in _normalisers(json.loads(normaliser.__getstate__()) if normaliser is not None else None):
         if step["type"] in _NOT_EXPORTABLE:
             reason = _NOT_EXPORTABLE[step["type"]].format(**step)
             raise InputError(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from anchor_cli import __version__
 from anchor_cli.base.check import Check
 from anchor_cli.base.cpu import SLOW_BFLOAT16, has_fast_bfloat16
 from anchor_cli.base.errors import AnchorError, InputError, first_line
 from anchor_cli.base.files import existing_parent, free_bytes
 from anchor_cli.base.hub import hub_hint
+from anchor_cli.base.runs import anchor_home
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, QRELS_FILE, QUERIES_FILE
 from anchor_cli.data.benchmarks.benchmarks import (
     DEFAULT_DATA,
@@ -64,25 +69,44 @@ def _model(spec: RunSpec) -> Iterator[Check]:
 
 
 def _fit_of(spec: RunSpec, folder: Path) -> Check:
-    """Whether training would refuse the model or its tokenizer. A small random model of the same kind is tried."""
-    from transformers import AutoConfig
-
-    from anchor_cli.model.backbone import refuse_configuration
-
+    """Whether training would refuse the model or its tokenizer."""
     try:
         contract_for(spec)
-        config = AutoConfig.from_pretrained(folder)
-        trial = refuse_configuration(config, str(folder), max_seq_length=spec.max_seq_length, reconstructs=True)
+        problem = _untried(folder, spec.max_seq_length)
     except AnchorError as error:
         return Check("model", "fail", error.message, error.hint or "take another model")
     except (OSError, ValueError, KeyError) as error:
         return Check("model", "fail", f"{folder}: {first_line(error)}", "a causal language model of transformers")
-    if not trial.was_tried:
-        remedy = "anchor train tries the real model before its first step"
-        return Check(
-            "model", "warn", f"{folder}: no small model of its kind ({config.model_type}) could be tried", remedy
-        )
+    if problem:
+        return Check("model", "warn", problem, "anchor train tries the real model before its first step")
     return Check("model", "ok", str(folder))
+
+
+def _untried(folder: Path, max_seq_length: int) -> str | None:
+    """Try a small random model of the same kind. One that passed is remembered, for trying it means importing torch.
+
+    Raises:
+        InputError: training would refuse the model.
+    """
+    config_file = (folder / "config.json").read_bytes()
+    versions = f"{version('transformers')} {version('torch')} {__version__} {max_seq_length}"
+    key = sha256(config_file + versions.encode()).hexdigest()
+    memory = anchor_home() / "models-that-passed.txt"
+    with contextlib.suppress(OSError):
+        if key in memory.read_text(encoding="utf-8").split():
+            return None
+    from transformers import AutoConfig
+
+    from anchor_cli.model.backbone import refuse_configuration
+
+    config = AutoConfig.from_pretrained(folder)
+    if not refuse_configuration(config, str(folder), max_seq_length=max_seq_length, reconstructs=True).was_tried:
+        return f"{folder}: no small model of its kind ({config.model_type}) could be tried"
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with open(memory, "a", encoding="utf-8") as file:
+            file.write(f"{key}\n")
+    return None
 
 
 def _data(spec: RunSpec) -> Iterator[Check]:
