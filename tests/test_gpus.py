@@ -129,7 +129,7 @@ def test_the_cpu_when_asked_for(small_model: Path, tmp_path: Path, monkeypatch: 
     started: list[tuple[int, str]] = []
     monkeypatch.setattr("anchor_cli.processes.signals.StopFlag.install", lambda flag: None)
     monkeypatch.setattr(
-        "anchor_cli.train.worker.work", lambda *_: started.append((1, os.environ["CUDA_VISIBLE_DEVICES"]))
+        "anchor_cli.train.worker.run_rank", lambda *_: started.append((1, os.environ["CUDA_VISIBLE_DEVICES"]))
     )
     assert run(["train", str(spec_file(tmp_path, small_model)), "--device", "cpu"]) == 0
     assert started == [(1, "")]
