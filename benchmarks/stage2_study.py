@@ -43,7 +43,7 @@ from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.spec.schedule import learning_rate
-from anchor_cli.train.feed import Feed
+from anchor_cli.train.stages.feed import Feed
 
 DOCS = Path(__file__).parents[1] / "docs" / "stage2"
 CPU = torch.device("cpu")

@@ -54,8 +54,8 @@ def ours(model: Path, folder: Path, length: int, budget: int, steps: int) -> lis
     from anchor_cli.model.backbone import load_backbone
     from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
     from anchor_cli.spec.spec import RunSpec
-    from anchor_cli.train.contrast import Contrast
     from anchor_cli.train.deepspeed import build_engine, start_processes
+    from anchor_cli.train.stages.contrast import Contrast
 
     ranks = start_processes()
     values = {"model_name_or_path": str(model), "dataset_file_path": "x", "stage": "II", "temperature": 0.05}

@@ -21,8 +21,8 @@ from anchor_cli.model.backbone import load_backbone
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.contrast import Contrast, contrast_rows, settings_of
 from anchor_cli.train.deepspeed import build_engine, quiet_deepspeed, start_processes
+from anchor_cli.train.stages.contrast import Contrast, contrast_rows, settings_of
 
 ROWS, LEARNING_RATE = 12, 1e-3
 MANY_TOKENS = 10**6  # one micro-batch a rank: the first encoding is the graph

@@ -21,7 +21,7 @@ from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train.deepspeed import NonFiniteGradient, build_engine, quiet_deepspeed, start_processes
-from anchor_cli.train.reconstruct import train_step
+from anchor_cli.train.stages.reconstruct import train_step
 
 CONFIGS = ("zero2_fp32", "zero2_bf16", "zero1_bf16", "zero3_bf16", "zero2_offload_bf16")
 BAD = {"zero2_fp32": math.nan, "zero2_bf16": math.nan, "zero1_bf16": math.inf, "zero3_bf16": math.nan,

@@ -79,7 +79,7 @@ def test_every_step_logs_what_the_positive_was_up_against(whole: Path) -> None:
 def test_killed_in_a_step_and_in_a_save_it_ends_as_if_nothing_had_happened(
     folder: Path, small_model: Path, whole: Path
 ) -> None:
-    for place in (("anchor_cli.train.contrast:contrast_step", 4), ("anchor_cli.train.saving:os.rename", 1)):
+    for place in (("anchor_cli.train.stages.contrast:contrast_step", 4), ("anchor_cli.train.saving:os.rename", 1)):
         train(folder, small_model, "killed", die_at=place, code=-signal.SIGKILL)
     run = train(folder, small_model, "killed")
     assert metrics(run) == metrics(whole)

@@ -13,7 +13,7 @@ from anchor_cli.data.batches import make_plan
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.prepare.prepare import prepare
 from anchor_cli.model.packed import PairBatch
-from anchor_cli.train.feed import Feed
+from anchor_cli.train.stages.feed import Feed
 
 
 def test_the_thread_works_for_its_own_gpu(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def whole(world: World) -> Path:
 
 def test_killed_in_step_evaluation_and_save_it_ends_as_if_nothing_had_happened(world: World, whole: Path) -> None:
     kills = [
-        ("anchor_cli.train.reconstruct:train_step", 4, 2),  # in step 3; checkpoint-2 stands
+        ("anchor_cli.train.stages.reconstruct:train_step", 4, 2),  # in step 3; checkpoint-2 stands
         ("anchor_cli.evaluate.evaluate:evaluate_one", 1, 2),  # at step 4, before its line
         ("anchor_cli.train.saving:os.rename", 1, 2),  # checkpoint-4 is written, but not under its name
         ("anchor_cli.train.saving:fsync_folder", 1, 4),  # right after it has its name

@@ -17,7 +17,7 @@ from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.text_batches import cut_step, make_text_plan
 from anchor_cli.processes.ranks import Ranks
-from anchor_cli.train.contrast_feed import ContrastFeed
+from anchor_cli.train.stages.contrast_feed import ContrastFeed
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,12 @@ from anchor_cli.processes.watchdog import Watchdog
 from anchor_cli.spec.deepspeed import load_ds_config
 from anchor_cli.spec.load import load_spec
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.contrast import Contrast
-from anchor_cli.train.contrast_feed import ContrastFeed
 from anchor_cli.train.deepspeed import start_processes
-from anchor_cli.train.guide import gather_texts
-from anchor_cli.train.reconstruct import Reconstruction
 from anchor_cli.train.run import Run
+from anchor_cli.train.stages.contrast import Contrast
+from anchor_cli.train.stages.contrast_feed import ContrastFeed
+from anchor_cli.train.stages.guide import gather_texts
+from anchor_cli.train.stages.reconstruct import Reconstruction
 from anchor_cli.train.start import build_run
 
 

@@ -17,7 +17,7 @@ from anchor_cli.model.encoder import PackedEncoder
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec import schedule
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.objective import Objective
+from anchor_cli.train.stages.objective import Objective
 
 
 @dataclass

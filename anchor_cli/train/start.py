@@ -29,10 +29,10 @@ from anchor_cli.spec import schedule
 from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
 from anchor_cli.spec.spec import NOT_OF_THE_RESULT, RunSpec
 from anchor_cli.train.deepspeed import build_engine
-from anchor_cli.train.objective import Objective, objective_of
 from anchor_cli.train.optimizer_state import load_optimizer_state
 from anchor_cli.train.run import Run
 from anchor_cli.train.saving import require_room, sweep_partials
+from anchor_cli.train.stages.objective import Objective, objective_of
 
 _PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless; data has a fingerprint
 _BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})

@@ -49,9 +49,9 @@ class Objective(Protocol):
 def objective_of(spec: RunSpec, contract: TextContract, pairs: PreparedPairs, ranks: Ranks) -> Objective:
     """The objective of the spec's stage."""
     if spec.stage == "I":
-        from anchor_cli.train.reconstruct import Reconstruction
+        from anchor_cli.train.stages.reconstruct import Reconstruction
 
         return Reconstruction(spec, pairs, ranks)
-    from anchor_cli.train.contrast import Contrast
+    from anchor_cli.train.stages.contrast import Contrast
 
     return Contrast(spec, contract, pairs, ranks)

@@ -14,7 +14,7 @@ from anchor_cli.data.contrast_rows import ContrastData, StepTexts
 from anchor_cli.data.text_batches import cut_step
 from anchor_cli.model.packed import TextBatch, pack_texts
 from anchor_cli.processes.ranks import Ranks
-from anchor_cli.train.feed import packed_ahead
+from anchor_cli.train.stages.feed import packed_ahead
 
 IntArray = npt.NDArray[np.int64]
 

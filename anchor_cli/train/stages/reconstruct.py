@@ -20,7 +20,7 @@ from anchor_cli.plan.flops import ModelShape, objective_flops
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train.deepspeed import begin_update, finish_update
-from anchor_cli.train.feed import Feed, StepBatches
+from anchor_cli.train.stages.feed import Feed, StepBatches
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from anchor_cli.plan.contrast import loss_bytes
 from anchor_cli.plan.flops import BACKWARD, ModelShape, forward_flops
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.spec.spec import RunSpec
-from anchor_cli.train.contrast_feed import ContrastBatches, ContrastFeed
 from anchor_cli.train.deepspeed import begin_update, finish_update
-from anchor_cli.train.guide import Guide, gather_texts
+from anchor_cli.train.stages.contrast_feed import ContrastBatches, ContrastFeed
+from anchor_cli.train.stages.guide import Guide, gather_texts
 
 NEARLY_ALL = 0.9
 """Share of dropped candidates from which a margin is doubted (assumption)."""

@@ -1,0 +1,1 @@
+"""What Stage I and Stage II each are to the loop: batches, one step, metrics."""
