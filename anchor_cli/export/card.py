@@ -25,6 +25,12 @@ _KEYS_OF_STAGE_II = (
     "hardness_mode hardness_strength matryoshka_dims kd_weight learning_rate lr_scheduler_type warmup_steps "
     "max_seq_length precision seed"
 ).split()
+_POOLED = {
+    "eos_token": "the last hidden state of the closing `{eos}`",
+    "last_token": "the last hidden state of the last content token",
+    "mean": "the mean of the content tokens' last hidden states",
+    "weighted_mean": "the position-weighted mean of the content tokens' last hidden states",
+}
 _TAGS = ["sentence-transformers", "feature-extraction", "retrieval", "anchor-embedding"]
 
 
@@ -54,12 +60,6 @@ def model_card(
         pipeline_tag="sentence-similarity",
         tags=list(_TAGS),
     )
-    pooled = {
-        "eos_token": f"the last hidden state of the closing `{contract.eos_token}`",
-        "last_token": "the last hidden state of the last content token",
-        "mean": "the mean of the content tokens' last hidden states",
-        "weighted_mean": "the position-weighted mean of the content tokens' last hidden states",
-    }[contract.pooling_mode]
     card = ModelCard.from_template(
         head,
         template_path=str(Path(__file__).with_name("card.md.jinja")),
@@ -70,7 +70,7 @@ def model_card(
         parity=parity,
         base=base,
         licence=licence,
-        pooled=pooled,
+        pooled=_POOLED[contract.pooling_mode].format(eos=contract.eos_token),
         training=_training(state, counts) if state else [],
         scores=_by_benchmark(scores),
         prompts={key: json.dumps(text, ensure_ascii=False) for key, text in prompts(contract).items()},

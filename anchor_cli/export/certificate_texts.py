@@ -64,7 +64,7 @@ def groups(contract: TextContract, encoder: TextEncoder) -> list[Group]:
     named = prompts(contract)
     kinds: list[tuple[str, str | None]] = [("document", None)]
     kinds += [(f"query_{language}", text or None) for language, text in contract.named_instructions.items()]
-    found = []
+    groups_of_texts = []
     for name, instruction in kinds:
         texts = [text for sentences in SENTENCES.values() for text in sentences] + list(ODD)
         if contract.pooling_mode in ("eos_token", "last_token"):  # the others have nothing to pool in an empty text
@@ -73,8 +73,8 @@ def groups(contract: TextContract, encoder: TextEncoder) -> list[Group]:
         own = [language if language in SENTENCES else next(iter(SENTENCES))]
         for long in SENTENCES if instruction is None else own:
             texts += around_the_limit(encoder, instruction, SENTENCES[long][-1])
-        found.append(Group(name, named[name], instruction, texts))
-    return found
+        groups_of_texts.append(Group(name, named[name], instruction, texts))
+    return groups_of_texts
 
 
 def around_the_limit(encoder: TextEncoder, instruction: str | None, sentence: str) -> list[str]:
