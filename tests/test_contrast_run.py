@@ -24,6 +24,7 @@ from test_contrast_engine import triples
 
 from anchor_cli.base import metric_names as names
 from anchor_cli.cli import run as anchor
+from anchor_cli.train.verify_resume import difference
 
 RECIPE = {
     "stage": "II",
@@ -83,6 +84,7 @@ def test_killed_in_a_step_and_in_a_save_it_ends_as_if_nothing_had_happened(
         train(folder, small_model, "killed", die_at=place, code=-signal.SIGKILL)
     run = train(folder, small_model, "killed")
     assert metrics(run) == metrics(whole)
+    assert difference(whole, run, 8).none  # what `anchor verify-resume` would say
     assert_bitwise(run / "checkpoint-8", whole / "checkpoint-8")
 
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from anchor_cli.base.console import progress, say
 from anchor_cli.base.errors import InputError, RunError
-from anchor_cli.base.metric_names import STEP, TRAIN_KEYS
+from anchor_cli.base.metric_names import LOSS, STEP, TRAIN_PREFIX
 from anchor_cli.base.runs import RunFolder, read_json_lines
 from anchor_cli.data.training_set import prepare_raw
 from anchor_cli.spec.spec import RunSpec
@@ -153,15 +153,13 @@ def _train(arguments: list[str], run: RunFolder, stop: int, folder: Path) -> Non
 
 def difference(one: Path, other: Path, last_step: int) -> Difference:
     """Compare the logs of two runs and their checkpoints of `last_step`."""
-    ours, theirs = (
-        [line for line in read_json_lines(RunFolder(run).metrics) if TRAIN_KEYS[0] in line] for run in (one, other)
-    )
+    ours, theirs = ([line for line in read_json_lines(RunFolder(run).metrics) if LOSS in line] for run in (one, other))
     if [line[STEP] for line in ours] != list(range(1, last_step + 1)) or len(ours) != len(theirs):
         raise RunError(f"{other}: metrics.jsonl has {len(theirs)} training lines, {one} has {len(ours)}")
     compared = different = 0
     largest, first_step = 0.0, None
     for a, b in zip(ours, theirs, strict=True):
-        for key in (STEP, *TRAIN_KEYS):
+        for key in [key for key in a if key == STEP or key.startswith(TRAIN_PREFIX)]:  # of either stage
             compared += 1
             if a[key] != b[key]:
                 different += 1
