@@ -1,4 +1,4 @@
-"""The batch plan against its definition: order, coverage, equal shares, budget; and the arithmetic of design §2."""
+"""The batch plan against its definition: order, coverage, equal shares, budget; the arithmetic of docs/method.md."""
 
 from __future__ import annotations
 

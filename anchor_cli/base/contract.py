@@ -93,7 +93,7 @@ def write_contract(folder: str | Path, contract: TextContract) -> None:
 
 
 def write_llm2vec_config(folder: str | Path, contract: TextContract) -> None:
-    """Write `llm2vec_config.json` into `folder`: the contract as LLM2Vec-style code reads it (design §8)."""
+    """Write `llm2vec_config.json` into `folder`: the contract as LLM2Vec-style code reads it."""
     write_json(
         Path(folder) / "llm2vec_config.json",
         {
