@@ -50,6 +50,10 @@ def test_who_a_process_is(
     assert ranks_of.as_node() == node
 
 
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "host", "MASTER_PORT": "29400",
+            "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+
 def set_environment(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
     monkeypatch.setattr(os, "environ", dict(env))  # a copy: what is set there does not reach other tests
 
@@ -66,6 +70,7 @@ def test_processes_that_cannot_meet_are_told_what_to_set(monkeypatch: pytest.Mon
         ({**SRUN, "MASTER_ADDR": "node0"}, ("node0", "20000")),
         ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "free"}, ("127.0.0.1", "free")),  # one process meets nobody
         ({**SRUN, "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, ("node0", "29500")),
+        ({**TORCHRUN, "WORLD_SIZE": "1"}, ("host", "29400")),  # the agent's store: elsewhere nobody would answer
         ({**SRUN, "SLURM_STEP_NODELIST": "gpu[03-05,09],cpu1", "SLURM_JOB_ID": "123456"}, ("gpu03", "23456")),
         ({**SRUN, "SLURM_STEP_NODELIST": "a,b", "SLURM_LAUNCH_NODE_IPADDR": "login"}, ("a", "20000")),
     ],

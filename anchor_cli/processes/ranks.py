@@ -36,6 +36,8 @@ def complete_rendezvous() -> None:
     """
     env = os.environ
     ranks = environment_ranks()
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # torchrun's own store, which its agent serves at these very variables, for one process, too
     if ranks is None or ranks[2] == 1:
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))  # whatever is set: it meets nobody
         return
