@@ -27,8 +27,8 @@ ENVIRONMENT = {
     "`NO_COLOR`": "Plain text on a terminal.",
     "`CUDA_VISIBLE_DEVICES`": "The GPUs that `anchor train` starts on and `anchor plan` plans for.",
     "`OMP_NUM_THREADS`": "CPU threads of each process that `anchor train` starts. Default: the cores, shared out.",
-    "`RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, `SLURM_*`": "Set by launchers: "
-    "docs/how-to/multi-node.md.",
+    "`RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_USE_AGENT_STORE`, "
+    "`SLURM_*`": "Set by launchers: docs/how-to/multi-node.md.",
     "`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`": "The Hub's key; its address; `1`: only the cache "
     "and folders; where the cache is.",
     "`WANDB_API_KEY`, `WANDB_BASE_URL`, `WANDB_PROJECT`, `WANDB_MODE`, `WANDB_DISABLED`": "Weights & Biases: its key, "
