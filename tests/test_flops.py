@@ -95,10 +95,6 @@ def test_a_config_without_a_size_names_it() -> None:
         ModelShape.from_config({"hidden_size": 8, "num_attention_heads": 2})
 
 
-def test_mfu() -> None:
-    assert flops.mfu(50e12, 0.1, 1000e12) == pytest.approx(0.5)
-
-
 def test_the_shipped_shape_is_the_one_of_the_shared_config(shared_data: Path) -> None:
     config = json.loads((shared_data / "configs/Qwen3-0.6B.config.json").read_text())
     assert ModelShape.from_config(config) == ModelShape.from_config(QWEN3_0_6B)

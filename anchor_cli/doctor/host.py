@@ -107,13 +107,16 @@ def disk(needs: Needs) -> Iterator[Check]:
     if not os.access(place, os.W_OK):
         yield Check("disk write", "fail", f"{place} cannot be written to", "set output_dir elsewhere, or its owner")
         return
-    speed = write_speed(place)
-    message = f"{speed:,.0f} MB/s into {place}"
-    if speed < SLOW_DISK_MB_S:
-        yield Check("disk write", "warn", f"{message}: a checkpoint of 0.6B parameters takes {8300 / speed:.0f} s",
-                    "a local SSD, or save_steps larger")  # fmt: skip
-    else:
-        yield Check("disk write", "ok", message)
+    yield disk_speed(place, write_speed(place))
+
+
+def disk_speed(folder: Path, mb_per_s: float) -> Check:
+    message = f"{mb_per_s:,.0f} MB/s into {folder}"
+    if mb_per_s >= SLOW_DISK_MB_S:
+        return Check("disk write", "ok", message)
+    seconds = 8300 / mb_per_s
+    return Check("disk write", "warn", f"{message}: a checkpoint of 0.6B parameters takes {seconds:.0f} s",
+                 "a local SSD, or save_steps larger")  # fmt: skip
 
 
 def write_speed(folder: Path, num_mb: int = PROBE_MB) -> float:
