@@ -46,9 +46,9 @@ def git_commit() -> str | None:
     if not (folder / ".git").exists():
         return None
     try:
-        found = subprocess.run(
+        git = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return git.stdout.strip()

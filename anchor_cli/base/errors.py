@@ -56,5 +56,5 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     Case, '-' and '_' do not count: 'Learning-Rate' is 'learning_rate'.
     """
     plain = {known.lower().replace("-", "_"): known for known in names}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(plain), n=1, cutoff=0.6)
-    return plain[found[0]] if found else None
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(plain), n=1, cutoff=0.6)
+    return plain[close[0]] if close else None

@@ -32,32 +32,32 @@ def replay(
     if not files.spec.is_file():
         message = f"{run}: not the folder of a run: {files.spec.name} is missing"
         raise InputError(message, hint="give {output_dir}/{experiment_id}")
-    found = engine.replay(run, step)
+    replayed = engine.replay(run, step)
     if as_json:
-        print_json(found.as_dict())
+        print_json(replayed.as_dict())
         return
-    _table(found)
-    bad = [row for micro in found.micro_batches for row in micro.non_finite_rows]
+    _table(replayed)
+    bad = [row for micro in replayed.micro_batches for row in micro.non_finite_rows]
     for row in bad:
         say(f"row {row.row}: d2q {row.d2q_loss:.4g}, q2d {row.q2d_loss:.4g}, gradient norm {row.grad_norm:.4g}")
         say(f"  query: {row.query}")
         say(f"  document: {row.document}")
-    if found.finite:
+    if replayed.finite:
         say(f"step {step}: every micro-batch is finite here")
     elif not bad:
         say(f"step {step}: not finite, though each row alone is: the sum overflows; a lower learning rate may help")
 
 
-def _table(found: Replay) -> None:
+def _table(replayed: Replay) -> None:
     from rich.table import Table
 
     from anchor_cli.base.console import console
 
-    start = found.checkpoint or "the beginning"
-    table = Table(title=f"{found.run}: step {found.step}, from {start}", title_justify="left")
+    start = replayed.checkpoint or "the beginning"
+    table = Table(title=f"{replayed.run}: step {replayed.step}, from {start}", title_justify="left")
     for name in ("rank", "micro-batch", "rows", "loss share", "gradient norm", "rows not finite"):
         table.add_column(name, justify="right")
-    for one in found.micro_batches:
+    for one in replayed.micro_batches:
         names = ", ".join(str(row.row) for row in one.non_finite_rows)
         state = "" if one.finite else names or "all together"
         numbers = f"{one.loss:.4g}", f"{one.grad_norm:.4g}"

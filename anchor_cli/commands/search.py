@@ -74,8 +74,8 @@ def search(
         else:
             _show(nearest, heading=question if query is None and not sys.stdin.isatty() else None)
     if as_json:
-        found = results[0] if query is not None else {"queries": results}
-        print_json({"model": place.name, "corpus": corpus, "num_documents": len(documents)} | found)
+        answer = results[0] if query is not None else {"queries": results}
+        print_json({"model": place.name, "corpus": corpus, "num_documents": len(documents)} | answer)
 
 
 def _questions() -> Iterator[str]:

@@ -31,36 +31,38 @@ def verify_resume(
     from anchor_cli.spec.load import load_spec
     from anchor_cli.train import verify_resume as engine
 
-    found = engine.verify_resume(load_spec(spec, overrides), spec.absolute(), overrides or [], steps, nproc_per_node)
+    verdict = engine.verify_resume(load_spec(spec, overrides), spec.absolute(), overrides or [], steps, nproc_per_node)
     if as_json:
-        print_json(found.as_dict())
+        print_json(verdict.as_dict())
     else:
-        _table(found)
-    if not found.passed:
+        _table(verdict)
+    if not verdict.passed:
         raise RunError(
-            f"{spec}: the resumed run differs from the uninterrupted one from step {found.resumed.first_step} on",
+            f"{spec}: the resumed run differs from the uninterrupted one from step {verdict.resumed.first_step} on",
             hint="please report this with the table above and environment.json of a run",
         )
 
 
-def _table(found: Verdict) -> None:
+def _table(verdict: Verdict) -> None:
     from rich.table import Table
 
     from anchor_cli.base.console import console, say
 
-    table = Table(title=f"{2 * found.steps} steps against {found.steps} + resume + {found.steps}", title_justify="left")
+    table = Table(
+        title=f"{2 * verdict.steps} steps against {verdict.steps} + resume + {verdict.steps}", title_justify="left"
+    )
     for name in ("", "logged numbers", "differ", "largest", "tensors", "differ", "largest"):
         table.add_column(name, justify="right" if name else "left")
-    for name, d in (("resumed", found.resumed), ("uninterrupted, again", found.noise)):
+    for name, d in (("resumed", verdict.resumed), ("uninterrupted, again", verdict.noise)):
         if d is not None:
             table.add_row(
                 name, f"{d.numbers_compared:,}", f"{d.numbers_different:,}", f"{d.largest_number:.1e}",
                 f"{d.tensors_compared:,}", f"{d.tensors_different:,}", f"{d.largest_weight:.1e}",
             )  # fmt: skip
     console().print(table)
-    if found.exact:
+    if verdict.exact:
         say("exact: the resumed run is the uninterrupted one, bit for bit")
-    elif found.passed:
+    elif verdict.passed:
         say("as exact as this host is: two uninterrupted runs differ by as much (its kernels add in any order)")
     else:
         say("different: see the first step above")

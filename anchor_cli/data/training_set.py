@@ -54,15 +54,15 @@ def require_contract_of(model: Path, contract: TextContract) -> None:
     """
     if not (model / CONTRACT).is_file():
         return
-    found = [line for line in differences(read_contract(model), contract) if line.split(":")[0] in _OF_THE_MODEL]
-    if any(line.startswith("tokenizer_fingerprint") for line in found):
+    differing = [line for line in differences(read_contract(model), contract) if line.split(":")[0] in _OF_THE_MODEL]
+    if any(line.startswith("tokenizer_fingerprint") for line in differing):
         raise InputError(
             f"{model}: was trained with another tokenizer than this run's",
             "take the tokenizer.json that belongs to it, and data prepared with that",
         )
-    if found:
+    if differing:
         raise InputError(
-            f"{model}: was trained under another text contract: {found[0]}",
+            f"{model}: was trained under another text contract: {differing[0]}",
             f"put the first value into the spec, or begin from a model without {CONTRACT}",
         )
 

@@ -113,13 +113,13 @@ def gradients(arguments: dict[str, str]) -> dict[str, Any]:
 def _accumulated(engine: Any, model: ReconstructionModel) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
-    found = {}
+    full = {}
     for name, parameter in model.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise RuntimeError(f"DeepSpeed has no gradient for {name}")
-        found[name] = gradient.detach().float().cpu()
-    return found
+        full[name] = gradient.detach().float().cpu()
+    return full
 
 
 def _compare(
@@ -183,9 +183,9 @@ def main() -> None:
     """Entry point of a rank."""
     task, answer, *pairs = sys.argv[1:]
     arguments = dict(pair.split("=", 1) for pair in pairs)
-    found = {"all_reduce": all_reduce, "gradients": gradients}[task](arguments)
+    result = {"all_reduce": all_reduce, "gradients": gradients}[task](arguments)
     if os.environ["RANK"] == "0":
-        Path(answer).write_text(json.dumps(found))
+        Path(answer).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def worst_lines(rows: Sequence[dict[str, Any]], metric: str, width: int = 100) -
         lines.append(f"{row['benchmark']}  {row['query_id']}  {metric} {row[metric]:.4f}, relevant document {place}")
         lines.append(f"  query   {cut(row['query'], width)}")
         lines += [f"  wanted  {cut(wanted['text'] or '(not in the corpus)', width)}" for wanted in row["wanted"][:1]]
-        lines += [f"  found   {cut(found['text'], width)}" for found in row["found"]]
+        lines += [f"  found   {cut(document['text'], width)}" for document in row["found"]]
     return lines
 
 

@@ -168,7 +168,7 @@ def _run(
     """One model on all benchmarks. With `use_cache` what was found earlier is not computed again."""
     depth = max(DEPTH, *(parse_metric(metric)[1] for metric in metrics))
     files = {each.name: cache_file(model.folder, each, device_of(device)) for each in benchmarks} if use_cache else {}
-    kept = {name: found for name, file in files.items() if depth == DEPTH and (found := read_cached(file))}
+    kept = {name: cached for name, file in files.items() if depth == DEPTH and (cached := read_cached(file))}
     if kept:
         where = anchor_home() / "evaluations"
         say(f"{model.name}: {len(kept)} of {len(benchmarks)} sets as evaluated earlier ({where}); --no-cache: anew")
@@ -182,8 +182,8 @@ def _run(
                 result = evaluate_one(embedder, each, metrics=metrics, depth=DEPTH, device=device, advance=bar.advance)
                 computed[each.name] = result
                 if use_cache and depth == DEPTH:
-                    found = {key: getattr(result, key) for key in ("query_ids", "rankings", "scores", "health")}
-                    write_cached(files[each.name], model.name, each, found)
+                    fields = {key: getattr(result, key) for key in ("query_ids", "rankings", "scores", "health")}
+                    write_cached(files[each.name], model.name, each, fields)
         del embedder
         gc.collect()
     return [computed.get(each.name) or scored_again(each, kept[each.name], metrics) for each in benchmarks]

@@ -29,8 +29,8 @@ def extension_locks() -> list[Path]:
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     caches = {Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path.home() / ".cache"}
     folders = [Path(named)] if named else [cache / "torch_extensions" for cache in caches]
-    found = {path for folder in folders for pattern in ("*/lock", "*/*/lock") for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
+    locks = {path for folder in folders for pattern in ("*/lock", "*/*/lock") for path in folder.glob(pattern)}
+    return sorted(path for path in locks if path.is_file())
 
 
 def stale_extension_locks(min_age_s: float = MIN_AGE_S, now: float | None = None) -> list[Path]:

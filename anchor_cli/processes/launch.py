@@ -87,12 +87,12 @@ class Workers:
 
     def ended(self) -> list[Ended]:
         """Those that have ended by now."""
-        found = []
+        ended = []
         for rank, process in enumerate(self._processes, start=self._node * self._num):
             code = process.poll()
             if code is not None:
-                found.append(Ended(rank, process.pid, code, Failure.read(RunFolder(self.run_folder).heartbeats, rank)))
-        return found
+                ended.append(Ended(rank, process.pid, code, Failure.read(RunFolder(self.run_folder).heartbeats, rank)))
+        return ended
 
     def wait(self) -> list[Ended]:
         """All, once all have ended; else those that had ended when the root cause of a failure was known."""

@@ -121,8 +121,8 @@ class Ranks:
 
         who = torch.tensor([self.rank if text else self.world_size])
         dist.all_reduce(who, op=dist.ReduceOp.MIN, group=self.cpu_group)
-        found: str | None = None if who.item() == self.world_size else self.broadcast(text, int(who.item()))
-        return found
+        first: str | None = None if who.item() == self.world_size else self.broadcast(text, int(who.item()))
+        return first
 
     def barrier(self) -> None:
         if self.world_size > 1:

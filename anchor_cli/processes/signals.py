@@ -108,13 +108,13 @@ def leave(code: int) -> None:
 
 def children(pid: int) -> list[int]:
     """Processes started by `pid`, of all its threads (Linux; empty elsewhere)."""
-    found: list[int] = []
+    children: list[int] = []
     for path in Path("/proc", str(pid), "task").glob("*/children"):
         try:
-            found += [int(child) for child in path.read_text().split()]
+            children += [int(child) for child in path.read_text().split()]
         except OSError:
             continue
-    return found
+    return children
 
 
 def kill(pid: int, number: int) -> None:
@@ -156,14 +156,14 @@ def stop_with_launcher(generations: int) -> None:
 
 def ancestors(generations: int) -> list[int]:
     """Process ids of the parent, its parent, …: so many (Linux; the parent alone elsewhere)."""
-    found = [os.getppid()]
-    while len(found) < generations:
+    ancestors = [os.getppid()]
+    while len(ancestors) < generations:
         try:
-            stat = Path("/proc", str(found[-1]), "stat").read_text()
+            stat = Path("/proc", str(ancestors[-1]), "stat").read_text()
         except OSError:
             break
-        found.append(int(stat.rpartition(")")[2].split()[1]))
-    return found
+        ancestors.append(int(stat.rpartition(")")[2].split()[1]))
+    return ancestors
 
 
 def die_with_parent(parent: int) -> None:

@@ -114,20 +114,20 @@ def _ends_in_a_line(path: Path) -> bool:
 
 def _close_within(tracker: Any, seconds: float) -> None:
     """Close a tracker; one that raises or hangs costs a warning."""
-    said: list[str] = ["it did not answer"]
+    problem: list[str] = ["it did not answer"]
 
     def close() -> None:
         try:
             tracker.close()
-            said.clear()
+            problem.clear()
         except Exception as error:
-            said[0] = f"{type(error).__name__}: {error}"
+            problem[0] = f"{type(error).__name__}: {error}"
 
     thread = threading.Thread(target=close, name=f"close-{tracker.name}", daemon=True)
     thread.start()
     thread.join(seconds)
-    if said:
-        warn(f"{tracker.name} did not end cleanly ({said[0]})")
+    if problem:
+        warn(f"{tracker.name} did not end cleanly ({problem[0]})")
 
 
 def has_wandb_key() -> bool:

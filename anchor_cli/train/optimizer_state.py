@@ -64,10 +64,10 @@ def save_optimizer_state(engine: Any, folder: Path, rank: int, world_size: int) 
         for turn, names in enumerate(plan[first : first + world_size]):
             for name in names:  # every rank takes part in putting a parameter together; its writer keeps it
                 parameter = parameters[name]
-                found = {"fp32": safe_get_full_fp32_param(parameter)}
-                found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                state = {"fp32": safe_get_full_fp32_param(parameter)}
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 if turn == rank and problem is None:
-                    mine |= {f"{name}.{key}": t.detach().cpu().contiguous().clone() for key, t in found.items()}
+                    mine |= {f"{name}.{key}": t.detach().cpu().contiguous().clone() for key, t in state.items()}
         if mine:
             try:
                 save_file(mine, folder / shard_name(first + rank, len(plan)), metadata={"format": "pt"})

@@ -83,8 +83,8 @@ class Replay:
     def as_dict(self) -> dict[str, Any]:
         """As JSON can say it: what is not a number is null."""
         text = json.dumps(asdict(self) | {"finite": self.finite})
-        found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-        return found
+        record: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+        return record
 
 
 def replay(run_folder: Path, step: int) -> Replay:
@@ -112,8 +112,8 @@ def replay(run_folder: Path, step: int) -> Replay:
             if ready.step not in run.skipped_steps:
                 run.update(ready)
             done.advance()
-    found = look(run, as_cut(run, step)) if spec.stage == "I" else look_at_texts(run, step)
-    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, found)
+    findings = look(run, as_cut(run, step)) if spec.stage == "I" else look_at_texts(run, step)
+    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, findings)
 
 
 def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
@@ -147,15 +147,15 @@ def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
     ready = run.feed.step(step.step)
     assert isinstance(run.objective, Reconstruction)
     weights = run.objective.scales(ready)
-    found = []
+    findings = []
     for rank, micro_batches in enumerate(step.micro_batches):
         for index, rows in enumerate(micro_batches):
             _, _, loss, norm = alone(run, rows, weights)
             finite = math.isfinite(loss) and math.isfinite(norm)
             one_by_one = [] if finite else [look_at_row(run, int(row), weights) for row in rows]
             bad = [row for row in one_by_one if not row.finite]
-            found.append(MicroBatchFinding(rank, index, rows.tolist(), loss, norm, finite, bad))
-    return found
+            findings.append(MicroBatchFinding(rank, index, rows.tolist(), loss, norm, finite, bad))
+    return findings
 
 
 def look_at_row(run: Run, row: int, weights: tuple[float, float]) -> RowFinding:
@@ -195,7 +195,7 @@ def look_at_texts(run: Run, step: int) -> list[MicroBatchFinding]:
     embeddings = gather_texts(torch.cat(parts), [np.concatenate(every)], run.ranks)
     loss, by_embedding, _ = run.objective.loss(embeddings, texts)
     finite = (torch.isfinite(embeddings) & torch.isfinite(by_embedding)).all(dim=1).cpu().numpy()
-    found = []
+    findings = []
     for rank, of_rank in enumerate(members):
         for index, batch in enumerate(of_rank):
             encoded = run.model(feed.pack(texts, batch).to(run.ranks.device))[: len(batch)]
@@ -205,8 +205,8 @@ def look_at_texts(run: Run, step: int) -> list[MicroBatchFinding]:
             bad = sorted({texts.places[text][0] for text in batch[~finite[batch]].tolist()})
             lines = [text_finding(run, row) for row in bad]
             good = not bad and math.isfinite(norm) and math.isfinite(float(loss))
-            found.append(MicroBatchFinding(rank, index, rows, float(loss), norm, good, lines))
-    return found
+            findings.append(MicroBatchFinding(rank, index, rows, float(loss), norm, good, lines))
+    return findings
 
 
 def text_finding(run: Run, row: int) -> RowFinding:
