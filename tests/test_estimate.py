@@ -21,7 +21,7 @@ from anchor_cli.plan import estimate, flops, probe, zero
 from anchor_cli.plan.checks import check_plan
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.hardware import GPUS, gpu_named, gpu_of_device_name
-from anchor_cli.plan.inputs import KNOWN_CONFIGS, asks_the_hub, hardware_of, rows_of, shape_of
+from anchor_cli.plan.inputs import KNOWN_CONFIGS, hardware_of, rows_of, shape_of
 from anchor_cli.plan.result import Estimate, Hardware, Throughput
 from anchor_cli.plan.rows import Rows
 from anchor_cli.plan.zero import StateOptions
@@ -255,14 +255,12 @@ def test_a_known_model_and_no_data_ask_no_hub(monkeypatch: pytest.MonkeyPatch, t
     def ask(*_: object) -> None:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr("anchor_cli.plan.inputs._from_hub", ask)
     monkeypatch.setattr("anchor_cli.base.hub.hub_answer", ask)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     known = "Qwen/Qwen3-0.6B"
     assert shape_of(known)[0] == SHAPE
-    assert not asks_the_hub(spec(model_name_or_path=known, dataset_file_path="/nowhere"))
-    assert asks_the_hub(spec(model_name_or_path="org/other", dataset_file_path="/nowhere"))
-    assert asks_the_hub(spec(model_name_or_path=known, dataset_file_path=str(tmp_path)))  # raw: needs its tokenizer
+    with pytest.raises(AssertionError, match="asked the Hub"):
+        shape_of("org/other")
 
 
 def test_lengths_of_raw_rows_equal_those_of_prepare(small_model: Path, tmp_path: Path) -> None:

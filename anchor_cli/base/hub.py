@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -75,15 +76,26 @@ def hub_answer(address: str, patience_s: float) -> tuple[str | None, str]:
         return None, str(getattr(error, "reason", error))
 
 
+_answered: set[str] = set()
+
+
 def go_offline_if_the_hub_is_silent() -> None:
     """Set `HF_HUB_OFFLINE` when the Hub does not answer: what is cached is used, the rest is an error.
 
-    Called before huggingface_hub is imported, which reads its environment once.
+    Called before anything is asked of the Hub: its libraries try each file for minutes. They read their environment
+    when they are imported, so those that are imported already are set as well. An answer is remembered.
     """
     address = hub_address()
-    if not hub_is_off() and hub_answer(address, PATIENCE_S)[0] is None:
-        warn(f"{address} does not answer within {PATIENCE_S:.0f} s; going on with what is cached (HF_HUB_OFFLINE=1)")
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    if hub_is_off() or address in _answered:
+        return
+    if hub_answer(address, PATIENCE_S)[0] is not None:
+        _answered.add(address)
+        return
+    warn(f"{address} does not answer within {PATIENCE_S:.0f} s; going on with what is cached (HF_HUB_OFFLINE=1)")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
 
 
 _revisions: dict[str, str | None] = {}

@@ -52,20 +52,16 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print what a run will do: steps, tokens, memory, time, disk, and what would stop it. Nothing is started."""
-    from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
     from anchor_cli.plan.checks import check_plan
     from anchor_cli.plan.estimate import estimate
-    from anchor_cli.plan.inputs import asks_the_hub, hardware_of, rows_of, shape_of
+    from anchor_cli.plan.inputs import hardware_of, rows_of, shape_of
     from anchor_cli.plan.result import Throughput
     from anchor_cli.spec.deepspeed import load_ds_config
-    from anchor_cli.spec.hub_names import needs_hub
     from anchor_cli.spec.load import load_spec
 
     if mfu is not None and tokens_per_second is not None:
         raise InputError("--mfu and --tokens-per-second: two measurements of the same thing", "give one of them")
     run = load_spec(spec, overrides or [])
-    if asks_the_hub(run) and needs_hub(run):
-        go_offline_if_the_hub_is_silent()
     shape, shape_source = shape_of(run.model_name_or_path)
     hardware = hardware_of(gpu, num_gpus)
     ds_config = load_ds_config(run.deepspeed, Path(spec).parent)

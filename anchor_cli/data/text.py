@@ -23,7 +23,7 @@ from tokenizers import Encoding, Tokenizer
 
 from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, check_template, query_prefix
 from anchor_cli.base.errors import InputError, first_line
-from anchor_cli.base.hub import has_hub_form
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, has_hub_form
 
 SEPARATOR = "!@#$%^&*()"
 """Marks in a training record of LLM2Vec's form where content begins; it never reaches the tokenizer."""
@@ -89,6 +89,7 @@ def _from_hub(model: str) -> Tokenizer:
     if not has_hub_form(model):
         remedy = "a model is a folder, a tokenizer.json or a Hub id such as Qwen/Qwen3-0.6B"
         raise InputError(f"{model}: not found", remedy)
+    go_offline_if_the_hub_is_silent()
     from huggingface_hub import hf_hub_download
 
     try:

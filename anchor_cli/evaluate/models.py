@@ -17,7 +17,7 @@ from anchor_cli.base.checkpoints import (
 )
 from anchor_cli.base.console import progress, say
 from anchor_cli.base.errors import AnchorError, InputError, first_line
-from anchor_cli.base.hub import is_hub_id
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, is_hub_id
 from anchor_cli.base.runs import anchor_home
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
@@ -95,6 +95,7 @@ def _checked(name: str, folder: Path) -> ModelPlace:
 
 
 def _from_hub(name: str, not_here: InputError) -> Path:
+    go_offline_if_the_hub_is_silent()
     from huggingface_hub import snapshot_download
 
     say(f"{name}: fetching from the Hub")

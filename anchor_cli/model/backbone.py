@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from anchor_cli.base.errors import InputError
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.exactness import Trial, logit_scale, packing_problem, try_configuration
 from anchor_cli.model.reconstruction import LOGIT_SCALE
@@ -41,6 +42,8 @@ def load_backbone(
     transformers_logging.disable_progress_bar()
     source = str(folder_or_id)
     _refuse_pickled_weights(source)
+    if not Path(source).exists():
+        go_offline_if_the_hub_is_silent()
     try:
         config = AutoConfig.from_pretrained(source)
         trial = refuse_configuration(config, source, max_seq_length=max_seq_length, reconstructs=reconstructs)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anchor_cli.base.errors import AnchorError, InputError
-from anchor_cli.base.hub import has_hub_form, hub_hint, hub_is_off, hub_set
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, has_hub_form, hub_hint, hub_set
 from anchor_cli.data.contrast_rows import ContrastData
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.plan.contrast import Negatives
@@ -73,21 +73,13 @@ def _from_hub(model_id: str) -> Path | None:
     """config.json from the local Hub cache or, with a network, from the Hub; None without."""
     if not has_hub_form(model_id):
         return None
+    go_offline_if_the_hub_is_silent()
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(model_id, "config.json", local_files_only=hub_is_off()))
+        return Path(hf_hub_download(model_id, "config.json"))
     except Exception:  # the library raises many kinds; every one of them means: not to be had here
         return None
-
-
-def asks_the_hub(spec: RunSpec) -> bool:
-    """Whether a plan needs files of the model that are not here: the config of an unknown one, a tokenizer for data."""
-    name = spec.model_name_or_path
-    if Path(name).expanduser().exists():
-        return False
-    known = name.removesuffix("-Base") in KNOWN_CONFIGS
-    return not known or place_of(spec.dataset_file_path) in ("prepared", "raw")
 
 
 def hardware_of(gpu: str | None, num_gpus: int | None) -> Hardware:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped, first_line
 from anchor_cli.base.files import write_json
-from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
 from anchor_cli.base.runs import RunFolder, lock_run, remember_run
 from anchor_cli.processes.extension_locks import clear_stale_locks
 from anchor_cli.processes.launch import LAUNCHED, prepare_run_folder
@@ -24,7 +23,6 @@ from anchor_cli.processes.logs import rank_log
 from anchor_cli.processes.ranks import environment_ranks
 from anchor_cli.processes.signals import StopFlag, die_with_parent, stop_with_launcher
 from anchor_cli.processes.watchdog import Failure, LostPeer, Watchdog, clear_heartbeats, is_lost_peer, where_ranks_are
-from anchor_cli.spec.hub_names import needs_hub
 from anchor_cli.spec.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -54,8 +52,6 @@ def run_rank(spec: RunSpec, spec_path: Path, skip_steps: tuple[int, ...], flag: 
     if rank == 0 and not launcher:
         claim_run(files, alone=world_size == 1)
     with only_rank_0_reports(files, rank), rank_log(files.logs, rank, redirected=bool(launcher)):
-        if needs_hub(spec):
-            go_offline_if_the_hub_is_silent()
         faulthandler.enable()  # a crash (SIGSEGV, SIGBUS of a file that shrank) leaves its stack in the log
         clear_stale_locks()
         watchdog = Watchdog(files.heartbeats, rank)

@@ -427,22 +427,34 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+OF_THE_HUB = {
+    "model_name_or_path": "nobody/nothing",
+    "dataset_file_path": "hf://nobody/nothing",
+    "eval_data": ["ko:NanoNQ"],
+}
+"""Keys of a spec that name what this host does not have."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["model_name_or_path", "eval_data"])
+@pytest.mark.parametrize("what", [*OF_THE_HUB, "anchor eval", "anchor prepare"])
 def test_a_hub_that_never_answers_is_an_error_in_a_minute(world: World, silent_server: str, what: str) -> None:
     """A real start: huggingface_hub reads its settings when it is imported."""
     from faults.harness import environment
 
-    changes: dict[str, Any] = {"model_name_or_path": "nobody/nothing"} if what == "model_name_or_path" else {}
-    changes |= {"eval_data": ["ko:NanoNQ"]} if what == "eval_data" else {}
+    changes: dict[str, Any] = {what: OF_THE_HUB[what]} if what in OF_THE_HUB else {}
     path = write_spec(world.folder, world.model, experiment_id=f"hub-{what}", **changes)
+    arguments = {
+        "anchor eval": ["eval", "nobody/nothing"],
+        "anchor prepare": ["prepare", "hf://nobody/nothing", "--out", "prepared", "--tokenizer", str(world.model)],
+    }.get(what, ["train", str(path)])
     env = environment(world.folder / "home", HF_ENDPOINT=silent_server, HF_HOME=str(world.folder / "hf"))
     env["HF_HUB_OFFLINE"] = "0"
-    command = [sys.executable, "-m", "anchor_cli", "train", str(path)]
+    command = [sys.executable, "-m", "anchor_cli", *arguments]
     began = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, cwd=world.folder)
     assert done.returncode in (1, 2), done.stderr
     assert time.monotonic() - began < 180
-    last = [line for line in done.stderr.splitlines() if line.startswith("anchor: ")]
+    last = [line for line in done.stderr.splitlines() if line.startswith("anchor: ") and "does not answer" not in line]
     assert len(last) == 1 and ("nobody/nothing" in last[0] or "Nano" in last[0]), done.stderr
+    assert done.stderr.count("does not answer within 10 s") == 1
     assert "Traceback" not in done.stderr

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
-from anchor_cli.base.hub import revision_of
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, revision_of
 from anchor_cli.data.benchmarks.beir import (
     CORPUS_FILE,
     Benchmark,
@@ -217,17 +217,13 @@ def own_cache(source: str) -> dict[str, str]:
 
 @contextmanager
 def hub_errors(source: str, what: str, remedy: str | None = None) -> Iterator[None]:
-    """Loading from the Hub: failures become one line; if it cannot be reached, without the libraries' retries (24 s).
+    """Loading from the Hub: failures become one line.
 
     Raises:
         InputError: no such configuration or split. RunError: the Hub cannot be reached and the cache has no copy.
     """
-    import datasets
-    import huggingface_hub.constants as hub
-
-    saved = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    if not Path(source).is_dir() and revision_of(source) is None:
-        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    if not Path(source).is_dir():
+        go_offline_if_the_hub_is_silent()
     try:
         yield
     except ValueError as error:
@@ -235,8 +231,6 @@ def hub_errors(source: str, what: str, remedy: str | None = None) -> Iterator[No
     except Exception as error:
         hint = remedy or "check the name, the network and HF_TOKEN; or name a local copy of the repository"
         raise RunError(f"{source} {what}: could not be loaded: {first_line(error)}", hint) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = saved
 
 
 def _read_zip(path: Path, language: str | None, name: str | None, split: str) -> Benchmark:

@@ -18,7 +18,7 @@ from typing import Any
 
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
-from anchor_cli.base.hub import hub_set, revision_of
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, hub_set, revision_of
 from anchor_cli.data.sources.file_bytes import format_of
 from anchor_cli.data.sources.files import (
     Columns,
@@ -75,6 +75,7 @@ class HubSet:
         Raises:
             InputError: no such data set, subset or split. RunError: the Hub cannot be reached.
         """
+        go_offline_if_the_hub_is_silent()
         import datasets
 
         try:
