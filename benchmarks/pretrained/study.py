@@ -1,0 +1,333 @@
+"""Does Stage I help a pretrained model? SmolLM2-135M on English pairs, arm by arm, on a CPU, resumable anywhere.
+
+    nice -n 19 python benchmarks/pretrained/study.py --state ~/.cache/anchor/study     # the same line continues it
+    python benchmarks/pretrained/study.py --state ~/.cache/anchor/study --draw          # the page and its picture
+
+The tasks of `tasks()` are done in order; the result of each is appended to STATE/results.jsonl, and what is there is
+not done again. Training is `anchor train`, which resumes by itself: a killed study loses at most ten steps. The order
+is chosen so that whatever has been run means something: pass `small` is complete first, then pass `full` goes on in
+rounds over all arms, and the second seed follows the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_models import make_model
+
+from anchor_cli.base.contract import INSTRUCTION_EN
+
+DOCS = Path(__file__).parents[2] / "docs" / "real-weights"
+INSTRUCTIONS = {"en": INSTRUCTION_EN}
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A start of Stage II; `targets` None is the untrained model."""
+
+    name: str
+    targets: str | None = None
+    d2q: float = 0.8
+    q2d: float = 0.2
+
+
+ARMS = (
+    Arm("untrained"),
+    Arm("text-0.8-0.2", "text"),
+    Arm("content-0.8-0.2", "content"),
+    Arm("content-0.5-0.5", "content", 0.5, 0.5),
+)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Sizes; the same for every arm."""
+
+    name: str
+    max_seq_length: int
+    pairs_per_step: int
+    rounds: tuple[int, ...]
+    """Stage I steps after which every arm is evaluated; the last is the length of the schedule."""
+    stage_two_after: tuple[int, ...]
+    """Rounds after which Stage II is trained from every arm."""
+    steps_two: int
+    vaswani_queries: int
+    vaswani_others: int
+    """Documents besides the judged ones."""
+    rate_one: float = 1e-4
+    rate_two: float = 5e-5
+    warmup: float = 0.1
+    temperature: float = 0.05
+
+
+PASSES = (
+    Pass("small", 64, 8, (20, 40), (40,), 24, 30, 300),
+    Pass("full", 96, 16, (20, 40, 80, 160, 240), (80, 240), 60, 93, 1000),
+)
+SEEDS = (1, 2)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def write_data(shared: Path, state: Path) -> None:
+    """STATE/data: train.jsonl, xquad-held-out/ and, for each pass, a sample of vaswani, both in BEIR's layout."""
+    out = state / "data"
+    if (out / "done").is_file():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    xquad = read_lines(shared / "pairs" / "xquad.en.jsonl")
+    paragraphs = list(dict.fromkeys(row["document"] for row in xquad))
+    # XQuAD takes five paragraphs of each of 48 articles, in order: every fourth article is held out, whole.
+    held_out = {text for index, text in enumerate(paragraphs) if index // 5 % 4 == 3}
+    train = [row for row in xquad if row["document"] not in held_out]
+    train += read_lines(shared / "pairs" / "pubmedqa.en.jsonl")
+    rows = [{"anchor": row["query"], "positive": row["document"], "language": "en"} for row in train]
+    write_lines(out / "train.jsonl", rows)
+    number = {text: f"p{index}" for index, text in enumerate(paragraphs)}
+    asked = [row for row in xquad if row["document"] in held_out]
+    random.Random(0).shuffle(asked)
+    queries = {f"q{index}": row for index, row in enumerate(asked[:300])}
+    write_beir(
+        out / "xquad-held-out",
+        {key: text for text, key in number.items()},
+        {key: row["query"] for key, row in queries.items()},
+        [(key, number[row["document"]], 1) for key, row in queries.items()],
+    )
+    for each in PASSES:
+        sample_vaswani(shared / "beir" / "vaswani", out / f"vaswani-{each.name}", each)
+    (out / "done").touch()
+
+
+def sample_vaswani(source: Path, out: Path, sizes: Pass) -> None:
+    """The first queries, all documents judged for them, and others drawn with a fixed seed."""
+    queries = {row["_id"]: row["text"] for row in read_lines(source / "queries.jsonl")[: sizes.vaswani_queries]}
+    judged = [line.split("\t") for line in (source / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+    qrels = [(query, document, int(grade)) for query, document, grade in judged if query in queries]
+    corpus = {
+        row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in read_lines(source / "corpus.jsonl")
+    }
+    kept = {document for _, document, _ in qrels}
+    others = [document for document in corpus if document not in kept]
+    kept |= set(random.Random(0).sample(others, sizes.vaswani_others))
+    write_beir(out, {key: text for key, text in corpus.items() if key in kept}, queries, qrels)
+
+
+def write_beir(
+    folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: list[tuple[str, str, int]]
+) -> None:
+    (folder / "qrels").mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", [{"_id": key, "text": text} for key, text in corpus.items()])
+    write_lines(folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()])
+    lines = ["query-id\tcorpus-id\tscore", *(f"{query}\t{document}\t{grade}" for query, document, grade in qrels)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def prepared(state: Path, sizes: Pass, model: Path) -> Path:
+    """The training pairs of a pass, prepared once."""
+    from anchor_cli.data.prepare.prepare import Options, prepare
+
+    out = state / f"prepared-{sizes.max_seq_length}"
+    if not out.is_dir():
+        prepare(
+            [str(state / "data" / "train.jsonl")],
+            out,
+            tokenizer=model,
+            max_seq_length=sizes.max_seq_length,
+            options=Options(query_column="anchor", document_column="positive", language_column="language"),
+            instructions=INSTRUCTIONS,
+            training_instructions=INSTRUCTIONS,
+        )
+    return out
+
+
+# -- what is done ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study keeps its state, and the base model."""
+
+    state: Path
+    model: Path
+
+    def train(self, run: str, sizes: Pass, start: Path, steps: int, **keys: Any) -> Result:
+        """`anchor train` to step `steps` of the run, from where it stands. Returns the metrics of the steps."""
+        spec = {
+            "model_name_or_path": str(start),
+            "dataset_file_path": str(prepared(self.state, sizes, self.model)),
+            "output_dir": str(self.state / "runs"),
+            "experiment_id": run,
+            "max_seq_length": sizes.max_seq_length,
+            "instructions": INSTRUCTIONS,
+            "warmup_ratio": sizes.warmup,
+            "global_batch_size": sizes.pairs_per_step,
+            "precision": "float32",
+            "attn_implementation": "sdpa",
+            "gradient_checkpointing": False,
+            "save_steps": 10,
+            "save_total_limit": 1,
+            "logging_steps": 1,
+            "stop_after_n_steps": steps,
+            **keys,
+        }
+        (self.state / "specs").mkdir(exist_ok=True)
+        path = self.state / "specs" / f"{run}.json"
+        path.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+        if not self.checkpoint(run, steps).is_dir():
+            with open(self.state / "specs" / f"{run}.log", "a", encoding="utf-8") as log:
+                subprocess.run(
+                    [sys.executable, "-m", "anchor_cli", "train", str(path)], stdout=log, stderr=log, check=True
+                )
+        lines = read_lines(self.state / "runs" / run / "metrics.jsonl")
+        return {"loss": {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}}
+
+    def checkpoint(self, run: str, steps: int) -> Path:
+        return self.state / "runs" / run / f"checkpoint-{steps}"
+
+    def start_of(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Path:
+        return self.checkpoint(stage_one_run(arm, sizes, seed), steps) if arm.targets else self.model
+
+    def stage_one(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Result:
+        """Stage I of an arm to a round's step, evaluated."""
+        trained = {}
+        if arm.targets:
+            trained = self.train(
+                stage_one_run(arm, sizes, seed), sizes, self.model, steps,
+                max_steps=sizes.rounds[-1], learning_rate=sizes.rate_one, seed=seed,
+                reconstruction_targets=arm.targets, d2q_weight=arm.d2q, q2d_weight=arm.q2d,
+            )  # fmt: skip
+        sets = ["xquad-held-out"]
+        if steps in (0, *sizes.stage_two_after):
+            sets.append(f"vaswani-{sizes.name}")
+        return trained | self.evaluate(self.start_of(arm, sizes, seed, steps), sizes, sets)
+
+    def stage_two(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Result:
+        """Stage II from an arm's checkpoint, evaluated; its own checkpoint is removed then."""
+        run = f"{stage_one_run(arm, sizes, seed)}-{steps}-stage-two"
+        trained = self.train(
+            run, sizes, self.start_of(arm, sizes, seed, steps), sizes.steps_two,
+            stage="II", max_steps=sizes.steps_two, learning_rate=sizes.rate_two, seed=seed,
+            temperature=sizes.temperature,
+        )  # fmt: skip
+        checkpoint = self.checkpoint(run, sizes.steps_two)
+        scores = self.evaluate(checkpoint, sizes, ["xquad-held-out", f"vaswani-{sizes.name}"])
+        shutil.rmtree(checkpoint)
+        return trained | scores
+
+    def evaluate(self, folder: Path, sizes: Pass, sets: list[str]) -> Result:
+        """Scores and embedding health under the contract of the pass, which an untrained folder does not have."""
+        import torch
+
+        from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+        from anchor_cli.data.pairs import PreparedPairs
+        from anchor_cli.data.text import load_tokenizer
+        from anchor_cli.evaluate.embedder import PackedEmbedder
+        from anchor_cli.evaluate.evaluate import evaluate
+        from anchor_cli.model.backbone import load_backbone
+        from anchor_cli.model.encoder import PackedEncoder
+
+        model = PackedEncoder(load_backbone(folder, dtype=torch.float32), kernel="sdpa")
+        embedder = PackedEmbedder(
+            model.encode,
+            load_tokenizer(self.model),
+            PreparedPairs.open(prepared(self.state, sizes, self.model)).contract,
+            name="study",
+            dimension=int(model.language_model.config.hidden_size),
+            device=torch.device("cpu"),
+        )
+        benchmarks = load_benchmarks([f"en:{self.state / 'data' / name}" for name in sets])
+        with torch.inference_mode():
+            return {"scores": evaluate(embedder, benchmarks)["results"]}
+
+
+def stage_one_run(arm: Arm, sizes: Pass, seed: int) -> str:
+    return f"{sizes.name}-seed-{seed}-{arm.name}"
+
+
+Task = tuple[Result, Callable[[Study], Result]]
+
+
+def tasks() -> Iterator[Task]:
+    """What identifies a result, and how it is got, in the order of the work."""
+    untrained, *trained = ARMS
+    for sizes in PASSES:
+        for seed in SEEDS:
+            if seed == SEEDS[0]:
+                yield task("I", untrained, sizes, 0, 0)  # no seed: nothing is trained
+            for steps in sizes.rounds:
+                for arm in trained:
+                    yield task("I", arm, sizes, seed, steps)
+                if steps in sizes.stage_two_after:
+                    for arm in ARMS:
+                        if arm.targets or steps == sizes.stage_two_after[0]:
+                            yield task("II", arm, sizes, seed, steps if arm.targets else 0)
+
+
+def task(stage: str, arm: Arm, sizes: Pass, seed: int, steps: int) -> Task:
+    key = {"pass": sizes.name, "stage": stage, "arm": arm.name, "seed": seed, "steps_one": steps}
+    method = Study.stage_one if stage == "I" else Study.stage_two
+    return key, partial(_call, method, arm, sizes, seed, steps)
+
+
+def _call(method: Callable[..., Result], arm: Arm, sizes: Pass, seed: int, steps: int, study: Study) -> Result:
+    return method(study, arm, sizes, seed, steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", type=Path, default=Path.home() / ".cache" / "anchor" / "study")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder that holds pairs/ and beir/")
+    parser.add_argument(
+        "--draw", action="store_true", help="write the page and its picture from the results that are there"
+    )
+    args = parser.parse_args()
+    args.state.mkdir(parents=True, exist_ok=True)
+    results = args.state / "results.jsonl"
+    if args.draw:
+        from study_page import draw
+
+        if results.is_file():
+            DOCS.mkdir(exist_ok=True)
+            shutil.copyfile(results, DOCS / "results.jsonl")
+        draw(read_lines(DOCS / "results.jsonl"))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    write_data(args.data.absolute(), args.state)
+    study = Study(args.state.absolute(), make_model("smollm2"))
+    done = read_lines(results) if results.is_file() else []
+    for key, work in tasks():
+        if any(key.items() <= row.items() for row in done):
+            continue
+        began = time.monotonic()
+        print(time.strftime("%H:%M:%S"), json.dumps(key), file=sys.stderr, flush=True)
+        row = key | work(study) | {"seconds": round(time.monotonic() - began), "threads": os.environ["OMP_NUM_THREADS"]}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
