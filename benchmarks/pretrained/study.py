@@ -139,7 +139,8 @@ def write_beir(
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
