@@ -4,9 +4,9 @@
     python benchmarks/pretrained/study.py --state ~/.cache/anchor/study --draw          # the page and its picture
 
 The tasks of `tasks()` are done in order; the result of each is appended to STATE/results.jsonl, and what is there is
-not done again. Training is `anchor train`, which resumes by itself: a killed study loses at most ten steps. The order
-is chosen so that whatever has been run means something: pass `small` is complete first, then pass `full` goes on in
-rounds over all arms, and the second seed follows the first.
+not done again. Training is `anchor train`, which resumes by itself: a killed study loses at most twenty steps. The order
+is chosen so that whatever has been run means something: a pass is complete before a larger one begins, and goes over
+all arms in rounds; the second seed follows the first.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ class Pass:
     stage_two_after: tuple[int, ...]
     """Rounds after which Stage II is trained from every arm."""
     steps_two: int
-    vaswani_queries: int
-    vaswani_others: int
-    """Documents besides the judged ones."""
+    vaswani: tuple[int, int] | None = None
+    """Queries, and documents besides those judged for them; None: not evaluated on vaswani, which costs most."""
     rate_one: float = 1e-4
     rate_two: float = 5e-5
     warmup: float = 0.1
@@ -75,10 +74,11 @@ class Pass:
 
 
 PASSES = (
-    Pass("small", 64, 8, (20, 40), (40,), 24, 30, 300),
-    Pass("full", 96, 16, (20, 40, 80, 160, 240), (80, 240), 60, 93, 1000),
+    Pass("pilot", 48, 8, (20,), (20,), 10),
+    Pass("small", 64, 8, (20, 40, 80), (80,), 30, (10, 200)),
+    Pass("full", 96, 16, (20, 40, 80, 160, 240), (80, 240), 60, (93, 1000)),
 )
-SEEDS = (1, 2)
+SEEDS = {"pilot": (1,), "small": (1, 2), "full": (1, 2)}
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -110,13 +110,14 @@ def write_data(shared: Path, state: Path) -> None:
         [(key, number[row["document"]], 1) for key, row in queries.items()],
     )
     for each in PASSES:
-        sample_vaswani(shared / "beir" / "vaswani", out / f"vaswani-{each.name}", each)
+        if each.vaswani:
+            sample_vaswani(shared / "beir" / "vaswani", out / f"vaswani-{each.name}", *each.vaswani)
     (out / "done").touch()
 
 
-def sample_vaswani(source: Path, out: Path, sizes: Pass) -> None:
+def sample_vaswani(source: Path, out: Path, num_queries: int, num_others: int) -> None:
     """The first queries, all documents judged for them, and others drawn with a fixed seed."""
-    queries = {row["_id"]: row["text"] for row in read_lines(source / "queries.jsonl")[: sizes.vaswani_queries]}
+    queries = {row["_id"]: row["text"] for row in read_lines(source / "queries.jsonl")[:num_queries]}
     judged = [line.split("\t") for line in (source / "qrels" / "test.tsv").read_text().splitlines()[1:]]
     qrels = [(query, document, int(grade)) for query, document, grade in judged if query in queries]
     corpus = {
@@ -124,7 +125,7 @@ def sample_vaswani(source: Path, out: Path, sizes: Pass) -> None:
     }
     kept = {document for _, document, _ in qrels}
     others = [document for document in corpus if document not in kept]
-    kept |= set(random.Random(0).sample(others, sizes.vaswani_others))
+    kept |= set(random.Random(0).sample(others, num_others))
     write_beir(out, {key: text for key, text in corpus.items() if key in kept}, queries, qrels)
 
 
@@ -189,7 +190,7 @@ class Study:
             "precision": "float32",
             "attn_implementation": "sdpa",
             "gradient_checkpointing": False,
-            "save_steps": 10,
+            "save_steps": 20,
             "save_total_limit": 1,
             "logging_steps": 1,
             "stop_after_n_steps": steps,
@@ -221,10 +222,8 @@ class Study:
                 max_steps=sizes.rounds[-1], learning_rate=sizes.rate_one, seed=seed,
                 reconstruction_targets=arm.targets, d2q_weight=arm.d2q, q2d_weight=arm.q2d,
             )  # fmt: skip
-        sets = ["xquad-held-out"]
-        if steps in (0, *sizes.stage_two_after):
-            sets.append(f"vaswani-{sizes.name}")
-        return trained | self.evaluate(self.start_of(arm, sizes, seed, steps), sizes, sets)
+        at_end = steps in (0, *sizes.stage_two_after)
+        return trained | self.evaluate(self.start_of(arm, sizes, seed, steps), sizes, with_vaswani=at_end)
 
     def stage_two(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Result:
         """Stage II from an arm's checkpoint, evaluated; its own checkpoint is removed then."""
@@ -235,11 +234,11 @@ class Study:
             temperature=sizes.temperature,
         )  # fmt: skip
         checkpoint = self.checkpoint(run, sizes.steps_two)
-        scores = self.evaluate(checkpoint, sizes, ["xquad-held-out", f"vaswani-{sizes.name}"])
+        scores = self.evaluate(checkpoint, sizes, with_vaswani=True)
         shutil.rmtree(checkpoint)
         return trained | scores
 
-    def evaluate(self, folder: Path, sizes: Pass, sets: list[str]) -> Result:
+    def evaluate(self, folder: Path, sizes: Pass, *, with_vaswani: bool) -> Result:
         """Scores and embedding health under the contract of the pass, which an untrained folder does not have."""
         import torch
 
@@ -260,6 +259,7 @@ class Study:
             dimension=int(model.language_model.config.hidden_size),
             device=torch.device("cpu"),
         )
+        sets = ["xquad-held-out", *([f"vaswani-{sizes.name}"] if with_vaswani and sizes.vaswani else [])]
         benchmarks = load_benchmarks([f"en:{self.state / 'data' / name}" for name in sets])
         with torch.inference_mode():
             return {"scores": evaluate(embedder, benchmarks)["results"]}
@@ -276,8 +276,8 @@ def tasks() -> Iterator[Task]:
     """What identifies a result, and how it is got, in the order of the work."""
     untrained, *trained = ARMS
     for sizes in PASSES:
-        for seed in SEEDS:
-            if seed == SEEDS[0]:
+        for seed in SEEDS[sizes.name]:
+            if seed == SEEDS[sizes.name][0]:
                 yield task("I", untrained, sizes, 0, 0)  # no seed: nothing is trained
             for steps in sizes.rounds:
                 for arm in trained:
