@@ -4,9 +4,9 @@
     python benchmarks/pretrained/study.py --state ~/.cache/anchor/study --draw          # the page and its picture
 
 The tasks of `tasks()` are done in order; the result of each is appended to STATE/results.jsonl, and what is there is
-not done again. Training is `anchor train`, which resumes by itself: a killed study loses at most twenty steps. The order
-is chosen so that whatever has been run means something: a pass is complete before a larger one begins, and goes over
-all arms in rounds; the second seed follows the first.
+not done again. Training is `anchor train`, which resumes by itself: a killed study loses twenty steps at most. The
+order is chosen so that whatever has been run means something: a pass is complete before a larger one begins, and goes
+over all arms in rounds; the second seed follows the first.
 """
 
 from __future__ import annotations
