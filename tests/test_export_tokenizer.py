@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, TextContract
 from anchor_cli.data.text import BASE_TOKENIZER, TextEncoder, load_tokenizer, tokenizer_fingerprint
 from anchor_cli.export.files import prompts
-from anchor_cli.export.tokenizer import WHITE_SPACE, write_tokenizer
+from anchor_cli.export.tokenizer import WHITE_SPACE, with_joined_merges, write_tokenizer
 
 HEAD = "<|im_start|>user\n"
 
@@ -136,3 +136,15 @@ def test_the_untouched_tokenizer_is_kept(exported_tokenizer: tuple[Path, TextCon
     assert tokenizer_fingerprint(load_tokenizer(folder)) == contract.tokenizer_fingerprint
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert "chat_template" not in config and "add_eos_token" not in config
+
+
+def test_merges_are_written_as_every_tokenizers_release_reads_them(
+    exported_tokenizer: tuple[Path, TextContract], small_model: Path
+) -> None:
+    """tokenizers before 0.20, which the llm2vec package pins, reads a merge as one text; ids are the same."""
+    folder, _ = exported_tokenizer
+    written = json.loads((folder / "tokenizer.json").read_text())["model"]
+    pairs = json.loads((small_model / "tokenizer.json").read_text())["model"]["merges"]
+    assert written["merges"] == [f"{a} {b}" for a, b in pairs]
+    with_blank = {"type": "BPE", "merges": [["a b", "c"], ["d", "e"]]}
+    assert with_joined_merges(with_blank) == with_blank

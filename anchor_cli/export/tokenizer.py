@@ -41,7 +41,9 @@ def write_tokenizer(source: Path, folder: Path, contract: TextContract) -> None:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / BASE_TOKENIZER / name)
     original = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
-    Tokenizer.from_str(json.dumps(closing_tokenizer(original, contract))).save(str(folder / "tokenizer.json"))
+    exported = json.loads(Tokenizer.from_str(json.dumps(closing_tokenizer(original, contract))).to_str())
+    exported["model"] = with_joined_merges(exported["model"])
+    write_json(folder / "tokenizer.json", exported)
     config_file = base / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     write_json(folder / "tokenizer_config.json", tokenizer_config(config, original, contract))
@@ -77,6 +79,17 @@ def closing_tokenizer(original: dict[str, Any], contract: TextContract) -> dict[
     }
     exported["padding"] = None
     return exported
+
+
+def with_joined_merges(model: dict[str, Any]) -> dict[str, Any]:
+    """Merges as `"a b"`, which every version of tokenizers reads; `["a", "b"]` is refused by those before 0.20.
+
+    Left as they are where a token holds a blank: such a merge has no joined form.
+    """
+    merges = model.get("merges")
+    if not merges or any(" " in token for pair in merges for token in pair):
+        return model
+    return model | {"merges": [" ".join(pair) for pair in merges]}
 
 
 def _strip_rules(contract: TextContract) -> list[tuple[str, str]]:

@@ -30,6 +30,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "pretrained"))
 RESULTS = HERE / "results.json"
+PAGE = HERE.parents[1] / "docs" / "export.md"
+BEGIN, END = "<!-- the readers' table begins -->\n", "<!-- the readers' table ends -->\n"
 TOLERANCE = 1e-5
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0"
@@ -220,16 +222,49 @@ def judged(answer: dict[str, Any], texts: Texts) -> dict[str, Any]:
     return row
 
 
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line a program."""
+    lines = ["| program | versions | demo (Qwen3) | SmolLM2 (Llama) | setting |", "|---|---|---|---|---|"]
+    for name, reader in READERS.items():
+        rows = results.get(name, {})
+        works = [row for row in rows.values() if row.get("versions")]
+        versions = ", ".join(f"{key} {value}" for key, value in works[0]["versions"].items()) if works else ""
+        setting = works[0]["setting"] if works else ""
+        if works and works[0]["not_given"]:
+            setting += f". Not compared: {works[0]['not_given']}"
+        cells = [cell(rows.get(export)) for export in ("demo", "smollm2")]
+        lines.append(f"| {reader.title} | {versions} | {' | '.join(cells)} | {setting} |")
+    return "\n".join([*lines, "", f"Run on {results['machine']}.", ""])
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not run"
+    if "largest" not in row:
+        return f"{row['outcome']}: {row['why'].replace('|', '/')}"
+    given = f"{row['num_texts']} texts"
+    if row["outcome"] == "works":
+        return f"works, {given}: {row['largest']:.0e}"
+    return f"{len(row['differing'])} of {given} differ, median {row['median']:.0e}, largest {row['largest']:.0e}"
+
+
+def write_table(results: dict[str, Any]) -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(results) + END + rest.partition(END)[2], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "anchor" / "readers")
     parser.add_argument("--only", nargs="+", choices=list(READERS), default=list(READERS), metavar="READER")
     parser.add_argument("--export", type=Path, nargs="+", help="your exports; nothing is written to the page then")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     cache = args.cache.absolute()
     exports = args.export or [demo_export(cache), smollm2_export(cache)]
-    results = json.loads(args.out.read_text()) if args.out.is_file() and not args.export else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() and not args.export else {}
     for export in exports:
         texts = Texts(export)
         for name in args.only:
@@ -244,7 +279,8 @@ def main() -> None:
             print(f"{export.name:10} {READERS[name].title:50} {shown}", file=sys.stderr, flush=True)
             if not args.export:
                 results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-                args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_table(results)
 
 
 if __name__ == "__main__":
