@@ -43,7 +43,7 @@ COMMANDS = {
         "eval": "nDCG@10 and MRR@10 on NanoBEIR or any BEIR folder",
         "mine": "hard negatives for Stage II by a model's own ranking",
         "search": "the documents nearest to a question, with scores",
-        "export": "a checkpoint -> a folder that Stage II starts from",
+        "export": "a checkpoint -> a folder that other tools and Stage II load",
     },
 }
 """Headings of `anchor --help`, the commands below them and what each is for, in a few words."""
@@ -114,8 +114,9 @@ def _listed(examples: Sequence[str]) -> str:
 app = typer.Typer(
     name="anchor",
     cls=_InOrderOfUse,
-    help="Train text-embedding language models with Stage I of Anchor Embedding (arXiv 2509.03020). Made for KURE, "
-    "a Korean and English retrieval model, and usable for any pairs.",
+    help="Train text-embedding language models by Anchor Embedding (arXiv 2509.03020): bidirectional reconstruction "
+    "(Stage I), then contrastive training (Stage II). Made for KURE, a Korean and English retrieval model, and usable "
+    "for any pairs.",
     epilog="Exit codes: 0 done, 1 failed while running, 2 wrong usage, spec or input, 75 stopped after saving. "
     "ANCHOR_DEBUG=1 shows tracebacks.",
     context_settings={"help_option_names": ["-h", "--help"]},

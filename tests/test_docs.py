@@ -113,22 +113,51 @@ def headings(page: Path) -> list[int]:
     return [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
 
 
-def test_korean_readme_keeps_step() -> None:
-    """Same headings by level, same commands, same links (but for each other), same file tree."""
-    english, korean = ROOT / "README.md", ROOT / "README.ko.md"
-    if not korean.exists():
-        pytest.skip("README.ko.md is not written yet")
-    assert headings(korean) == headings(english)
+KOREAN = [("README.md", "README.ko.md"), ("docs/tutorial.md", "docs/tutorial.ko.md")]
+
+
+@pytest.mark.parametrize(("english", "korean"), KOREAN)
+def test_the_korean_page_keeps_step(english: str, korean: str) -> None:
+    """Same headings by level, same blocks of commands and code, same lists, same links (but for each other)."""
+    ours, theirs = ROOT / korean, ROOT / english
+    assert headings(ours) == headings(theirs)
 
     def commands(page: Path) -> list[list[str]]:
         return [[shlex.join(shlex.split(line, comments=True)) for line in block.splitlines()]
                 for block in blocks(page, "bash")]  # fmt: skip
 
-    assert commands(korean) == commands(english)
+    assert commands(ours) == commands(theirs)
+    for language in ("json", "python"):
+        assert blocks(ours, language) == blocks(theirs, language)
+
+    def parts(page: Path) -> list[str]:
+        """Headings, blocks, list items, pictures and lines of a file tree, in their order."""
+        return re.findall(r"^(#+ |```\w*|- |!\[|    )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+    assert parts(ours) == parts(theirs)
 
     def links(page: Path) -> set[str]:
-        found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-        return {link.split("#")[0] for link in found} - {"README.md", "README.ko.md", ""}
+        named = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        return {link.split("#")[0].replace(".ko.md", ".md") for link in named} - {Path(english).name, ""}
 
-    assert links(korean) == links(english)
-    assert len(re.findall(r"[가-힣]", korean.read_text(encoding="utf-8"))) > 500
+    assert links(ours) == links(theirs)
+    assert len(re.findall(r"[가-힣]", ours.read_text(encoding="utf-8"))) > 500
+
+
+def test_keys_of_the_research_code_are_what_the_page_says() -> None:
+    """Its table of spec keys: the same here, another name, ignored, refused."""
+    from anchor_cli.spec import aliases
+
+    page = (ROOT / "docs/how-to/from-research-code.md").read_text(encoding="utf-8")
+    table = page.split("## Keys of a spec")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|$", table, flags=re.MULTILINE)
+    assert len(rows) == 8
+    renamed = aliases.RENAMED | dict.fromkeys(("torch_dtype", "dtype", "bf16"), "precision")
+    for keys, here in rows:
+        for key in re.findall(r"`(\w+)`", keys):
+            if here == "the same":
+                assert key in RunSpec.model_fields, key
+            elif here.startswith("`"):
+                assert renamed[key] == here.strip("`"), key
+            else:
+                assert key in (aliases.IGNORED if here == "ignored" else aliases.REFUSED), key

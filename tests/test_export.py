@@ -17,11 +17,13 @@ import pytest
 import torch
 from export_fixtures import log_scores, make_checkpoint, make_contract, random_texts
 
+from anchor_cli.base.contract import write_llm2vec_config
 from anchor_cli.base.errors import InputError, RunError
 from anchor_cli.base.files import staged_folder, sweep_staged, this_host
 from anchor_cli.base.runs import remember_run
 from anchor_cli.cli import run as anchor
-from anchor_cli.evaluate.embedder import PackedEmbedder, load_embedder
+from anchor_cli.data.text import load_tokenizer
+from anchor_cli.evaluate.embedder import PackedEmbedder, contract_of, load_embedder
 from anchor_cli.export import certificate_texts, readers
 from anchor_cli.export import certify as certificate
 from anchor_cli.export import export as exporting
@@ -154,6 +156,48 @@ def test_code_in_the_style_of_llm2vec_gets_our_vectors(exported: Export) -> None
         theirs = AutoModel.from_pretrained(exported.folder)(**batch).last_hidden_state[:, -1].numpy()
     ours = load_embedder(exported.folder).encode_documents(texts, "ko")
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["eos_token", "mean", "weighted_mean"])
+def test_what_skip_instruction_means_to_llm2vec(mode: str, small_model: Path, tmp_path: Path) -> None:
+    """LLM2Vec's pooling, written out: under `skip_instruction` it pools what stands behind the separator, [EOS] included.
+
+    Ours pools content without [EOS], so of the two means theirs has one state more; the state of [EOS] is the same.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    contract = make_contract(small_model, pooling_mode=mode, instructions={"ko": "find:\n"})
+    checkpoint = make_checkpoint(tmp_path, 1, small_model, contract)
+    write_llm2vec_config(checkpoint, contract)
+    skips = json.loads((checkpoint / "llm2vec_config.json").read_text())["skip_instruction"]
+    assert skips == (mode != "eos_token")
+    model, tokenizer = AutoModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    content = "수달은 어디에 사나요?"
+    ids = tokenizer(f"<|im_start|>user\nfind:\n{content}<|im_end|>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        states = model(input_ids=ids).last_hidden_state[0]
+    num_behind = len(tokenizer(f"{content}<|im_end|>")["input_ids"])  # their embed_mask
+    pooled = states[-num_behind:] if skips else states
+    weights = torch.arange(1, len(pooled) + 1) if mode == "weighted_mean" else torch.ones(len(pooled))
+    theirs = states[-1] if mode == "eos_token" else (pooled * weights[:, None]).sum(0) / weights.sum()
+
+    ours = torch.from_numpy(load_embedder(checkpoint).encode_queries([content], "ko")[0])
+    if mode != "eos_token":  # put [EOS] back among the pooled states
+        ours = (ours * weights[:-1].sum() + weights[-1] * states[-1]) / weights.sum()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_of_the_research_code_keeps_its_length(small_model: Path, tmp_path: Path) -> None:
+    """Its folder has no anchor.json; without its llm2vec_config.json texts would be cut at 512 tokens, silently."""
+    theirs = tmp_path / "checkpoint-14554"
+    shutil.copytree(small_model, theirs)
+    (theirs / "anchor.json").unlink(missing_ok=True)
+    settings = {"pooling_mode": "eos_token", "max_length": 96, "doc_max_length": 400, "skip_instruction": True}
+    (theirs / "llm2vec_config.json").write_text(json.dumps(settings))
+    assert contract_of(theirs, load_tokenizer(theirs)).max_seq_length == 96
+    (theirs / "llm2vec_config.json").write_text(json.dumps({**settings, "pooling_mode": "mean"}))
+    with pytest.raises(InputError, match="pooling_mode mean of LLM2Vec"):
+        load_embedder(theirs)
 
 
 def test_the_code_of_the_model_card_gives_our_vectors(exported: Export) -> None:

@@ -109,6 +109,19 @@ def test_every_shipped_config_is_valid(path: Path, capsys: pytest.CaptureFixture
     assert (path.parent / named).resolve() == REPOSITORY / spec_docs.SCHEMA_PATH
 
 
+def test_shipped_specs_are_found_outside_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tool (uv, pipx) there is no repository around; a file of that name in the current folder comes first."""
+    monkeypatch.chdir(tmp_path)
+    name = "train_configs/stage_I/laptop.json"
+    assert load_spec(name) == load_spec(REPOSITORY / name)
+    with pytest.raises(InputError, match="no such file"):
+        load_spec("train_configs/stage_I/nothing.json")
+    (tmp_path / "train_configs/stage_I").mkdir(parents=True)
+    given = {"model_name_or_path": "a", "dataset_file_path": "b", "output_dir": "c", "seed": 7}
+    (tmp_path / name).write_text(json.dumps(given), encoding="utf-8")
+    assert load_spec(name).seed == 7
+
+
 def test_kure_is_the_run_of_the_paper_in_korean() -> None:
     spec = load_spec(REPOSITORY / "train_configs/stage_I/Qwen3_0.6b_q2d_d2q_512.json")
     want = {

@@ -5,6 +5,7 @@ Legend: N texts, D embedding size.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -176,8 +177,11 @@ class LibraryEmbedder:
 def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
     """The text contract of a model: its `anchor.json`, checked against its tokenizer, else the paper's defaults.
 
+    Of a checkpoint of the research code the length is that of its `llm2vec_config.json`.
+
     Raises:
-        InputError: the tokenizer beside `anchor.json` is not the one the model was trained with.
+        InputError: the tokenizer beside `anchor.json` is not the one the model was trained with; a pooling of LLM2Vec's
+            that is not [EOS]'s state.
     """
     if (Path(folder) / FILE_NAME).is_file():
         contract = read_contract(folder)
@@ -194,7 +198,22 @@ def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
             )
         _require_config_of(Path(folder), contract)
         return contract
-    return contract_with(tokenizer)
+    return contract_with(tokenizer, **_length_of_llm2vec(Path(folder) / "llm2vec_config.json"))
+
+
+def _length_of_llm2vec(path: Path) -> dict[str, int]:
+    """`max_seq_length` of a folder that LLM2Vec's code wrote. It pools [EOS] under the name of `last_token`, too."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        mode, length = config.get("pooling_mode", "eos_token"), config.get("max_length")
+    except (ValueError, AttributeError):
+        raise InputError(f"{path}: not a JSON object") from None
+    if mode not in ("eos_token", "last_token"):
+        says = f"{path}: pooling_mode {mode} of LLM2Vec, which is over other tokens (and its models attend both ways)"
+        raise InputError(says, "anchor takes models whose embedding is [EOS]'s state")
+    return {"max_seq_length": length} if isinstance(length, int) and length >= 5 else {}
 
 
 def _require_config_of(folder: Path, contract: TextContract) -> None:

@@ -14,6 +14,7 @@ from anchor_cli.base.contract import with_line_breaks
 from anchor_cli.base.errors import InputError, nearest
 from anchor_cli.base.files import home_expanded
 from anchor_cli.spec import aliases as compat
+from anchor_cli.spec.deepspeed import shipped_folder
 from anchor_cli.spec.docs import expected
 from anchor_cli.spec.spec import RunSpec, derived_defaults
 
@@ -48,7 +49,7 @@ def read_spec(path: str | Path, overrides: list[str]) -> SpecReading:
     ours: dict[str, Any] = {}
     sources = dict.fromkeys(RunSpec.model_fields, "default")
     ignored: list[str] = []
-    layers = [("file", str(path), _read_json(Path(path))), ("--set", "--set", _parse_overrides(overrides))]
+    layers = [("file", str(path), _read_json(_or_shipped(Path(path)))), ("--set", "--set", _parse_overrides(overrides))]
     for source, where, given in layers:
         layer, spelled, layer_ignored = compat.translate(given, where)
         _refuse_unknown(layer, where)
@@ -63,6 +64,14 @@ def read_spec(path: str | Path, overrides: list[str]) -> SpecReading:
         return SpecReading(RunSpec.model_validate(ours), sources, ignored)
     except ValidationError as error:
         raise _input_error(error, str(path), ours, sources) from None
+
+
+def _or_shipped(path: Path) -> Path:
+    """The path, or, where no file is there, the spec of that name that came with the package: `train_configs/…`."""
+    if path.parts[:1] != ("train_configs",) or path.exists():
+        return path
+    shipped = shipped_folder("train_configs").joinpath(*path.parts[1:])
+    return shipped if shipped.is_file() else path
 
 
 def _with_home(value: Any) -> Any:
