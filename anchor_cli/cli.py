@@ -51,7 +51,7 @@ COMMANDS = {
 EXAMPLES = {
     "mine": (
         "anchor mine data/pairs --model checkpoint-2000 --out data/mined",
-        "anchor mine data/pairs --model export --out data/mined --corpus data/beir --num-negatives 7 --range-max 32",
+        "anchor mine data/pairs --model export --out data/mined --num-negatives 4",
     ),
     "demo": ("anchor demo", "anchor demo --steps 100 --out /tmp/demo"),
     "doctor": ("anchor doctor", "anchor doctor run.json --gradients"),
@@ -72,8 +72,8 @@ EXAMPLES = {
     "replay": ("anchor replay output/first --step 1234", "anchor replay output/first --step 1234 --json"),
     "eval": ("anchor eval checkpoint-2000", "anchor eval checkpoint-1000 checkpoint-2000 --data ko:data/beir --json"),
     "search": (
-        'anchor search checkpoint-2000 data/beir/welfare-ko "복지 급여는 어디서 신청하나요?"',
-        'anchor search output/kure pairs.jsonl "배송은 얼마나 걸리나요?" --top-k 5 --json',
+        'anchor search checkpoint-2000 data/beir "복지 급여는 어디서 신청하나요?"',
+        'anchor search output/kure pairs.jsonl "배송은 얼마나 걸리나요?" --top-k 5',
     ),
     "export": ("anchor export --stage2", "anchor export checkpoint-2000 --stage2 --out models/kure-stage1"),
 }
@@ -119,7 +119,7 @@ app = typer.Typer(
     "for any pairs.",
     epilog="Exit codes: 0 done, 1 failed while running, 2 wrong usage, spec or input, 75 stopped after saving. "
     "ANCHOR_DEBUG=1 shows tracebacks.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -21,7 +21,7 @@ def train(
         typer.Option("--skip-step", min=0, metavar="N", help="Make no update at step N, after an incident."),
     ] = None,
 ) -> None:
-    """Train: validated spec -> DeepSpeed ZeRO-2 bf16 on all local GPUs (or the CPU).
+    """Train Stage I or II, as the spec says: by DeepSpeed, on all local GPUs or the CPU.
 
     Run again, the same command continues from the newest whole checkpoint. Under torchrun, deepspeed or srun it is a
     worker; where RANK and WORLD_SIZE count nodes (Kubernetes) it starts the workers of its node. SIGTERM, Ctrl-C,
