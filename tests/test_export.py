@@ -160,7 +160,7 @@ def test_code_in_the_style_of_llm2vec_gets_our_vectors(exported: Export) -> None
 
 @pytest.mark.parametrize("mode", ["eos_token", "mean", "weighted_mean"])
 def test_what_skip_instruction_means_to_llm2vec(mode: str, small_model: Path, tmp_path: Path) -> None:
-    """LLM2Vec's pooling, written out: under `skip_instruction` it pools what stands behind the separator, [EOS] included.
+    """LLM2Vec's pooling, written out: under `skip_instruction` it pools what stands behind the separator, with [EOS].
 
     Ours pools content without [EOS], so of the two means theirs has one state more; the state of [EOS] is the same.
     """
