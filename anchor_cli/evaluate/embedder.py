@@ -201,7 +201,7 @@ def contract_of(folder: str | Path, tokenizer: Tokenizer) -> TextContract:
     return contract_with(tokenizer, **_length_of_llm2vec(Path(folder) / "llm2vec_config.json"))
 
 
-def _length_of_llm2vec(path: Path) -> dict[str, int]:
+def _length_of_llm2vec(path: Path) -> dict[str, Any]:
     """`max_seq_length` of a folder that LLM2Vec's code wrote. It pools [EOS] under the name of `last_token`, too."""
     if not path.is_file():
         return {}
