@@ -28,8 +28,8 @@ class BagOfWords:
     name = "bag of words"
     dimension = 24
 
-    def encode_queries(self, texts: Sequence[str], language: str) -> npt.NDArray[np.float32]:
-        return self.encode_documents(texts, language)
+    def encode_training_queries(self, texts: Sequence[str], prefix: str, language: str) -> npt.NDArray[np.float32]:
+        return self.encode_documents([prefix + text for text in texts], language)
 
     def encode_documents(self, texts: Sequence[str], language: str) -> npt.NDArray[np.float32]:
         vectors = np.zeros((len(texts), self.dimension), np.float32)
@@ -43,7 +43,7 @@ class BagOfWords:
 def mined(prepared: Path, folder: Path, rules: Rules, further: Sequence[str] = ()) -> tuple[Store, Corpus]:
     """Mine in this process."""
     corpus, embedder = corpus_of(PreparedPairs.open(prepared), further), BagOfWords()
-    store = mine.begin(folder, {"pairs": corpus.pairs.fingerprint, "model": embedder.name}, rules)
+    store = mine.begin(folder, mine.plan_of({"pairs": corpus.pairs.fingerprint, "model": embedder.name}, rules))
     mine.encode(corpus, embedder, store, mine.Place())
     mine.search(corpus, embedder.dimension, store, rules, mine.Place())
     return store, corpus

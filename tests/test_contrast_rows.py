@@ -125,7 +125,7 @@ def test_columns_by_number_and_scores(tmp_path: Path, tokenizer_folder: Path) ->
     pairs = prepared(tmp_path, rows, tokenizer_folder)
     assert pairs.manifest["counts"]["rejected"] == {"scores_unlike": 2}
     data = ContrastData(pairs)
-    assert data.has_scores and data.counts.tolist() == [2, 1, 1]
+    assert data.scores_from == ("scores",) and data.counts.tolist() == [2, 1, 1]
     assert [data.negative_texts(row) for row in range(3)] == [["no", "never"], ["never"], ["no"]]
     step = data.step(np.arange(3))
     assert step.scores is not None and step.scores.tolist() == [9, 2, 1, 8.5, 0.5, 1, 0]
@@ -144,6 +144,27 @@ def test_mined_scores_and_a_leaked_negative(tmp_path: Path, tokenizer_folder: Pa
     assert pairs.manifest["counts"]["negatives"]["left_out"] == {"leak_document": 1}
     scores = data.step(np.array([0])).scores
     assert scores is not None and scores.tolist() == pytest.approx([0.9, 0.5, 0.3])
+
+
+def test_a_cross_encoders_scores_teach_and_the_mined_ones_are_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Both stand in the folder under their names; Stage II learns from the cross-encoder, or from `scores`."""
+    mined = {"positive_score": 0.9, "negative_scores": [0.5, 0.4, 0.3]}
+    cross = {"cross_encoder_positive_score": 7.0, "cross_encoder_negative_scores": [1.0, -2.0, 3.0]}
+    pairs = prepared(tmp_path, [{**ROWS[0], **mined, **cross}], tokenizer_folder)
+    for name, value in (mined | cross).items():
+        assert pairs.cell(0, name) == pytest.approx(value)
+    data = ContrastData(pairs, num_hard_negatives=2)
+    assert data.scores_from == ("cross_encoder_positive_score", "cross_encoder_negative_scores")
+    scores = data.step(np.array([0])).scores
+    assert scores is not None and scores.tolist() == [7, 1, -2]
+    (tmp_path / "own").mkdir()
+    pairs = prepared(tmp_path / "own", [{**ROWS[0], **mined, **cross, "scores": [4, 3, 2, 1]}], tokenizer_folder)
+    scores = ContrastData(pairs).step(np.array([0])).scores
+    assert scores is not None and scores.tolist() == [4, 3, 2, 1]
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(InputError, match="no row is left"):
+        prepared(tmp_path / "bad", [{**ROWS[0], **mined, "cross_encoder_positive_score": 1.0,
+                                     "cross_encoder_negative_scores": [1.0]}], tokenizer_folder)  # fmt: skip
 
 
 def test_pairs_without_negatives_serve_too(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -101,10 +102,11 @@ def test_plain_pytorch_trains_and_saves(plain: ModuleType, exported: Path, rows:
     assert not any((out / name).exists() for name in ("parity.json", "README.md", "scores.json", "stage_II.json"))
 
 
-@pytest.mark.parametrize("loss", ["in-batch", "guided"])
+@pytest.mark.parametrize("loss", ["in-batch", "guided", "kure"])
 def test_sentence_transformers_trains(loss: str, exported: Path, rows: Path, tmp_path: Path) -> None:
     trainer, out = script("train_sentence_transformers"), tmp_path / "stage2"
-    guide = ["--guide", str(exported), "--mini-batch-size", "2"] if loss == "guided" else []
+    guide = ["--mini-batch-size", "2"] if loss != "in-batch" else []
+    guide += {"in-batch": [], "guided": ["--guide", str(exported)], "kure": ["--recipe", "kure"]}[loss]
     metrics = trainer.main(
         [str(exported), str(rows), "--out", str(out), "--steps", "20", "--batch-size", "2", "--learning-rate", "1e-3"]
         + guide
@@ -165,6 +167,86 @@ def test_stage_two_settings_are_read_or_refused(exported: Path, tmp_path: Path) 
     path.write_text(json.dumps(settings | {"learning_rte": 1, "weights": "all"}))
     with pytest.raises(SystemExit, match="nothing here reads learning_rte, weights"):
         trainer.settings_of(tmp_path)
+
+
+def test_a_recipe_is_taken_over_the_simple_values(exported: Path, tmp_path: Path) -> None:
+    """KURE's: the same values as the shipped spec of `anchor train` has."""
+    trainer = script("train_sentence_transformers")
+    got = trainer.settings_of(exported, "kure")
+    spec = json.loads((EXAMPLES.parents[1] / "train_configs/stage_II/Qwen3_0.6b_kure.json").read_text())
+    same = "temperature margin_strategy margin hardness_mode hardness_strength num_hard_negatives learning_rate".split()
+    for name in (*same, "num_train_epochs", "eval_steps", "save_steps", "logging_steps"):
+        assert got[name] == spec[name], name
+    assert got["warmup_steps"] == spec["warmup_ratio"]
+    assert got["per_device_train_batch_size"] == spec["negatives_group_size"]
+    assert (got["loss"], trainer.settings_of(exported)["loss"]) == ("SelfGuidedLoss", "MultipleNegativesRankingLoss")
+    with pytest.raises(SystemExit, match=r"no recipe kura; it has kure"):
+        trainer.settings_of(exported, "kura")
+
+
+# -- the loss of KURE's recipe -----------------------------------------------------------------------------------------
+
+MODES = [None, "hard_negatives", "explicit_negatives", "in_batch_negatives", "all_negatives"]
+
+
+def naive_self_guided(q: torch.Tensor, d: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """The formula, one candidate at a time: q (G, D), d (G, K, D), a row's positive first."""
+    total = q.new_zeros(())
+    num_rows, num_documents, _ = d.shape
+    for i in range(num_rows):
+
+        def cosine(j: int, k: int, i: int = i) -> torch.Tensor:
+            return (q[i] @ d[j, k]) / (q[i].norm() * d[j, k].norm())
+
+        s_p, terms = cosine(i, 0), []
+        for j in range(num_rows):
+            for k in range(num_documents):
+                s, positive = cosine(j, k), (j, k) == (i, 0)
+                margin, strategy = settings["margin"], settings["margin_strategy"]
+                limit = {None: math.inf, "absolute": s_p - margin, "relative": s_p * (1 - margin)}[strategy]
+                if not positive and s > limit:
+                    continue
+                hard = {
+                    None: False, "hard_negatives": j == i and k > 0, "explicit_negatives": k > 0,
+                    "in_batch_negatives": j != i, "all_negatives": not positive,
+                }[settings["hardness_mode"]]  # fmt: skip
+                terms.append(s / settings["temperature"] + hard * settings["hardness_strength"] * s.detach())
+        total = total + torch.stack(terms).logsumexp(0) - s_p / settings["temperature"]
+    return total / num_rows
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("strategy", "margin"), [(None, 0.0), ("absolute", -0.1), ("relative", 0.05)])
+def test_the_self_guided_loss_is_the_formula_and_anchor_trains_loss(
+    mode: str | None, strategy: str | None, margin: float
+) -> None:
+    """float64, loss and every gradient; in mini-batches that do not divide the rows; and with a backward a chunk."""
+    from anchor_cli.model.contrast import ContrastRows, ContrastSettings, contrastive_loss
+
+    settings = {"temperature": 0.05, "margin_strategy": strategy, "margin": margin, "hardness_mode": mode,
+                "hardness_strength": 5.0 if mode else 0.0}  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(7, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    d = torch.randn(7, 3, 6, generator=generator, dtype=torch.float64)
+    d[:, 0] += 0.7 * q.detach()  # positives are near, but not always the nearest
+    d.requires_grad_()
+    want = naive_self_guided(q, d, settings)
+    want_gradients = torch.autograd.grad(want, (q, d))
+    loss = script("train_sentence_transformers").SelfGuidedLoss(torch.nn.Identity(), mini_batch_size=3, **settings)
+    for with_backward in (False, True):
+        leaves = [side.detach().clone().requires_grad_() for side in (q, *d.unbind(1))]
+        got = loss.calculate_loss([list(side.split(3)) for side in leaves], with_backward=with_backward)
+        if not with_backward:
+            got.backward()
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        gradients = leaves[0].grad, torch.stack([side.grad for side in leaves[1:]], dim=1)
+        torch.testing.assert_close(gradients, want_gradients, rtol=1e-10, atol=1e-12)
+    rows = ContrastRows(range(0, 22, 3), torch.empty(2, 0, dtype=torch.int64))
+    ours = contrastive_loss(q, d.flatten(0, 1), rows, ContrastSettings(**settings))
+    torch.testing.assert_close(ours.loss, want.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.query_gradients, want_gradients[0], rtol=1e-10, atol=1e-12)
+    if strategy:
+        assert ours.counts.metrics()["dropped_by_margin_share"] > 0
 
 
 # -- rows as people have them, and what is refused ---------------------------------------------------------------------

@@ -36,7 +36,7 @@ def mine(
     seed: Annotated[int, typer.Option(help="Of random sampling.")] = 42,
     min_characters: Annotated[int, typer.Option(min=0, help="Shorter documents are never negatives.")] = 10,
     cross_encoder: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Keep this model's scores of positive and negatives, too.")
+        str | None, typer.Option(metavar="MODEL", help="Keep this model's scores of positives and negatives, too.")
     ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep embeddings here. [DIR.mining beside --out, then removed]")

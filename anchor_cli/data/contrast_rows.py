@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anchor_cli.data.pairs import PreparedPairs, text_key
+from anchor_cli.data.pairs import SCORE_COLUMNS, PreparedPairs, text_key
 from anchor_cli.data.text import Int32Array
 
 Int64Array = npt.NDArray[np.int64]
@@ -48,7 +48,8 @@ class ContrastData:
         self.pairs = pairs
         self._most = num_hard_negatives
         self._has_negatives = pairs.has_column("negative_ids")
-        self.has_scores = pairs.has_column("scores")
+        self.scores_from = next((names for names in SCORE_COLUMNS if all(map(pairs.has_column, names))), ())
+        """The columns of the teacher's scores: the first of `SCORE_COLUMNS` that the rows have."""
 
     @cached_property
     def counts(self) -> Int64Array:
@@ -134,8 +135,8 @@ class ContrastData:
                     for place, (text, start) in enumerate(zip(texts, content_starts, strict=True), 2)
                 ]
                 keys.append(negative_keys)
-            if self.has_scores:
-                scores.append(self.pairs.list_cell("scores", row, np.float32)[: 1 + num])
+            if self.scores_from:
+                scores.append(self._scores(row)[: 1 + num])
         first = np.concatenate([[0], np.cumsum(self.counts[rows] + 1)])
         documents_ = np.array(documents, dtype=np.int64)
         names = np.array([self.pairs.language(row) for row in rows.tolist()])
@@ -157,6 +158,11 @@ class ContrastData:
         starts = self.pairs.list_cell("negative_content_starts", row, np.int32)
         keys = self.pairs.list_cell("negative_keys", row, np.int64)
         return texts[:num], starts[:num].tolist(), keys[:num]
+
+    def _scores(self, row: int) -> npt.NDArray[np.float32]:
+        *alone, lists = self.scores_from
+        positive = np.array([self.pairs.cell(row, name) for name in alone], dtype=np.float32)
+        return np.concatenate([positive, self.pairs.list_cell(lists, row, np.float32)])
 
     def negative_texts(self, row: int) -> list[str]:
         """The texts of a row's negatives, for a guide that tokenises by itself."""

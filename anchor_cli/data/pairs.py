@@ -21,7 +21,7 @@ import pyarrow as pa
 from anchor_cli.base.contract import TextContract, differences, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.files import writer_of
-from anchor_cli.data.text import Int32Array, canonical, content_of
+from anchor_cli.data.text import Int32Array, canonical, content_of, split_record
 
 MANIFEST = "prepare.json"
 FORMAT = 1
@@ -37,6 +37,13 @@ NUMBER_COLUMNS = (
     "query_inner_eos",  # [EOS] ids before the closing one: special-token strings in the text
     "document_inner_eos",
 )
+SCORE_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("scores",),
+    ("cross_encoder_positive_score", "cross_encoder_negative_scores"),
+    ("positive_score", "negative_scores"),
+)
+"""Columns of scores that a row's documents may have, the best teacher first: one list (the positive's, then the
+negatives'), or the positive's and the negatives' apart."""
 NOT_OF_THE_ROWS = frozenset({"pooling_mode", "instructions", "attention", "dtype"})
 """Keys of the contract that change no prepared row."""
 
@@ -145,12 +152,18 @@ class PreparedPairs:
         query, document, language = self._cells(row, TEXT_COLUMNS)
         return self._content(query), self._content(document), language
 
+    def query_head(self, row: int) -> str | None:
+        """`{instruction}; ` of a row that has an instruction of its own, or empty; None for any other row."""
+        record = split_record(self.cell(row, "anchor")) if self.has_records else None
+        return None if record is None else record[0]
+
     @cached_property
-    def _has_records(self) -> bool:
+    def has_records(self) -> bool:
+        """Whether some rows are records, with an instruction of their own."""
         return bool(set(self.manifest.get("counts", {}).get("forms", ())) - {"plain"})
 
     def _content(self, text: str) -> str:
-        return content_of(text) if self._has_records else text
+        return content_of(text) if self.has_records else text
 
     def content_starts(self, row: int) -> tuple[int, int]:
         """Index of the first content token of one row's query and document, without loading the columns."""

@@ -40,6 +40,10 @@ class Embedder(Protocol):
 
     def encode_queries(self, texts: Sequence[str], language: str) -> Embeddings: ...
 
+    def encode_training_queries(self, texts: Sequence[str], prefix: str, language: str) -> Embeddings:
+        """Queries of training rows, with what stands before their texts in training; other tools have their own."""
+        ...
+
     def encode_documents(self, texts: Sequence[str], language: str) -> Embeddings: ...
 
 
@@ -90,6 +94,9 @@ class PackedEmbedder:
                 hint="name the benchmark's language, e.g. --data ko:DIR",
             )
         return self.encode(texts, instruction)
+
+    def encode_training_queries(self, texts: Sequence[str], prefix: str, language: str) -> Embeddings:
+        return self.encode(texts, prefix or None)
 
     def encode_documents(self, texts: Sequence[str], language: str) -> Embeddings:
         """Document embeddings: no instruction in any language."""
@@ -166,6 +173,9 @@ class LibraryEmbedder:
         name = prompt if prompt in self._model.prompts else None
         return self._as_float32(self._model.encode_query(list(texts), batch_size=self._batch_size, prompt_name=name))
 
+    def encode_training_queries(self, texts: Sequence[str], prefix: str, language: str) -> Embeddings:
+        return self.encode_queries(texts, language)
+
     def encode_documents(self, texts: Sequence[str], language: str) -> Embeddings:
         return self._as_float32(self._model.encode_document(list(texts), batch_size=self._batch_size))
 
@@ -241,10 +251,12 @@ def load_embedder(
     device: str | None = None,
     dtype: str = "auto",
     attn_implementation: str = "auto",
+    prepared: TextContract | None = None,
 ) -> Embedder:
     """A checkpoint, export or plain Hugging Face folder with our encoder; a sentence-transformers one with its own.
 
-    `dtype` `auto`: bfloat16 on CUDA, float32 elsewhere.
+    `dtype` `auto`: bfloat16 on CUDA, float32 elsewhere. `prepared`: our encoder takes the template and the length of
+    these prepared pairs in place of the model's.
 
     Raises:
         InputError: nothing there that can be loaded.
@@ -256,6 +268,9 @@ def load_embedder(
     number = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(path)
     contract = contract_of(path, tokenizer)
+    if prepared is not None:
+        of_texts = {"text_template": prepared.text_template, "max_seq_length": prepared.max_seq_length}
+        contract = contract.model_copy(update=of_texts)
     language_model = load_backbone(path, dtype=number, max_seq_length=contract.max_seq_length)
     embedding: Any = language_model.get_input_embeddings()
     require_ids_within(tokenizer, embedding.weight.shape[0], path)

@@ -18,6 +18,26 @@ _POOLING_OF_LIBRARY = {"eos_token": "pooling_mode_lasttoken", "last_token": "poo
 _POOLING_FLAGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 CONTENT_POOLING = "anchor_pooling"
 """Module file of an export whose pooling no stock module can do."""
+KURE_RECIPE = {
+    "loss": "SelfGuidedLoss",
+    "temperature": 0.01,
+    "margin_strategy": "absolute",
+    "margin": -0.1,
+    "hardness_mode": "explicit_negatives",
+    "hardness_strength": 5.0,
+    "num_hard_negatives": 7,
+    "per_device_train_batch_size": 2048,
+    "mini_batch_size": 16,
+    "learning_rate": 2e-5,
+    "num_train_epochs": 1,
+    "warmup_steps": 0.1,
+    "gradient_checkpointing": False,
+    "eval_steps": 0.05,
+    "save_steps": 0.2,
+    "logging_steps": 1,
+}
+"""Stage II as KURE runs it: a block of 2,048 rows is one GPU's batch. The same as train_configs/stage_II/, there in the
+keys of `anchor train`."""
 
 
 def prompts(contract: TextContract) -> dict[str, str]:
@@ -84,7 +104,7 @@ def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) 
     """`stage_II.json`: contrastive training of `model`, a flat object with the names of transformers 5.
 
     `warmup_steps` below 1 is a share of all steps. Batch size, learning rate and temperature are common choices for a
-    model of this size, an assumption to be tuned.
+    model of this size, an assumption to be tuned. `recipes`: other values by name, over these.
     """
     spec = state.get("spec", {})
     named = prompts(contract)
@@ -114,6 +134,7 @@ def stage_two_config(model: str, contract: TextContract, state: dict[str, Any]) 
         "logging_steps": 10,
         "save_steps": 500,
         "save_total_limit": 2,
+        "recipes": {"kure": KURE_RECIPE},
     }
 
 

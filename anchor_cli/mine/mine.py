@@ -4,6 +4,7 @@
     encode    every text once, in chunks that stay on the disk                     store
     search    the exact nearest documents of every query, a chunk at a time        search
     choose    which of them are negatives of each row                              select
+    score     positives and negatives by a cross-encoder, where one is named
 
 Chunks are shared out over the ranks of the launcher by their number, and a chunk that is on the disk is never made
 again: a mining that was killed goes on, on any number of ranks, and gives the same bytes.
@@ -14,15 +15,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from anchor_cli.base.console import progress
 from anchor_cli.base.files import write_json
 from anchor_cli.data.text import canonical
 from anchor_cli.mine.corpus import Corpus
@@ -31,15 +31,17 @@ from anchor_cli.mine.select import Rules, choose, is_near_duplicate
 from anchor_cli.mine.store import Store, chunks_of, share_out
 
 if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
+
     from anchor_cli.evaluate.embedder import Embedder
 
 TEXTS_A_CHUNK = 4096
 QUERIES_A_CHUNK = 4 * QUERIES_A_BLOCK
 PLAN = "plan.json"
+CROSS_ENCODER = "cross_encoder"
 
 
-@dataclass(frozen=True)
-class Mined:
+class Mined(NamedTuple):
     """The negatives of one row."""
 
     row: int
@@ -47,6 +49,25 @@ class Mined:
     """Documents of the corpus, best first."""
     positive_score: float
     negative_scores: list[float]
+
+
+@dataclass(frozen=True)
+class MinedRows:
+    """The negatives of all rows, in the order of rows: R rows, M negatives."""
+
+    first: npt.NDArray[np.int64]
+    """(R + 1,) row i's negatives are first[i] … first[i + 1] - 1."""
+    negatives: npt.NDArray[np.int64]
+    """(M,) documents of the corpus, each row's best first."""
+    positive_scores: npt.NDArray[np.float64]  # (R,)
+    negative_scores: npt.NDArray[np.float64]  # (M,)
+    rejected: Counter[str]
+    """Candidates by reason."""
+    cross_encoder: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
+    """(R,) and (M,) a cross-encoder's scores."""
+
+    def __len__(self) -> int:
+        return len(self.positive_scores)
 
 
 @dataclass(frozen=True)
@@ -58,29 +79,36 @@ class Place:
     device: str = "cpu"
 
 
-def begin(folder: Path, identity: dict[str, Any], rules: Rules) -> Store:
-    """The store of this mining, with what an interrupted one has left: embeddings of the same texts and model, and
-    negatives under the same rules. Called by rank 0 before the others look."""
-    plan = {"embeddings": identity, "rules": asdict(rules)}
+def plan_of(identity: dict[str, Any], rules: Rules, cross_encoder: str | None = None) -> dict[str, Any]:
+    """What a mining depends on, stage by stage, as JSON keeps it: `identity` is that of the embeddings."""
+    plan = {"embeddings": identity, "rules": asdict(rules), "cross_encoder": cross_encoder}
+    return json.loads(json.dumps(plan))  # type: ignore[no-any-return]
+
+
+def begin(folder: Path, plan: dict[str, Any]) -> Store:
+    """The store of this mining, with what an interrupted one has left: embeddings of the same texts and model,
+    negatives under the same rules, scores of the same cross-encoder. Called by rank 0 before the others look."""
     path = folder / PLAN
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if before.get("embeddings") != identity:
+    if before.get("embeddings") != plan["embeddings"]:
         shutil.rmtree(folder, ignore_errors=True)
-    elif before.get("rules") != plan["rules"]:  # embeddings stay
-        for result in folder.glob("negatives-*.npz"):
-            result.unlink()
+    same_rules = before.get("rules") == plan["rules"]
+    stale = [] if same_rules else list(folder.glob("negatives-*.npz"))  # embeddings stay
+    if not same_rules or before.get("cross_encoder") != plan["cross_encoder"]:
+        stale += folder.glob("cross_encoder-*.npz")
+    for result in stale:
+        result.unlink()
     store = Store(folder)
     write_json(path, plan)
     return store
 
 
-def has_begun(folder: Path, identity: dict[str, Any], rules: Rules) -> bool:
+def has_begun(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether rank 0 has made the store ready for this very mining."""
     try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return bool(json.loads((folder / PLAN).read_text(encoding="utf-8")) == plan)
     except (OSError, ValueError):
         return False
-    return bool(plan == json.loads(json.dumps({"embeddings": identity, "rules": asdict(rules)})))
 
 
 def encode(corpus: Corpus, embedder: Embedder, store: Store, place: Place) -> None:
@@ -99,23 +127,17 @@ def _encode_side(name: str, num_texts: int, corpus: Corpus, embedder: Embedder, 
             texts = [corpus.document(number) for number in numbers]
             vectors[numbers.start : numbers.stop] = embedder.encode_documents(texts, "")
         else:
-            by_language: dict[str, list[int]] = {}
+            alike: dict[tuple[str, str], list[int]] = {}
             queries = [corpus.query(number) for number in numbers]
-            for place_, (_, language) in enumerate(queries):
-                by_language.setdefault(language, []).append(place_)
-            for language, places in sorted(by_language.items()):
-                encoded = embedder.encode_queries([queries[at][0] for at in places], language)
+            for at, (_, *prefix_and_language) in enumerate(queries):
+                alike.setdefault((prefix_and_language[0], prefix_and_language[1]), []).append(at)
+            for (prefix, language), places in sorted(alike.items()):
+                encoded = embedder.encode_training_queries([queries[at][0] for at in places], prefix, language)
                 vectors[np.array(places) + numbers.start] = encoded
         vectors.flush()  # type: ignore[attr-defined]
         store.mark_done(name, chunk)
 
-    with progress(f"encode {name}", num_texts, "texts") as bar:
-        done = 0
-        for finished in share_out(
-            len(chunks), lambda chunk: store.is_done(name, chunk), work, place.rank, place.world_size
-        ):
-            bar.advance(min(finished * TEXTS_A_CHUNK, num_texts) - done)
-            done = min(finished * TEXTS_A_CHUNK, num_texts)
+    share_out(f"encode {name}", chunks, lambda chunk: store.is_done(name, chunk), work, place.rank, place.world_size)
 
 
 def search(corpus: Corpus, dimension: int, store: Store, rules: Rules, place: Place) -> None:
@@ -125,15 +147,27 @@ def search(corpus: Corpus, dimension: int, store: Store, rules: Rules, place: Pl
     chunks = chunks_of(corpus.num_queries, QUERIES_A_CHUNK)
 
     def work(chunk: int) -> None:
-        store.write_result(chunk, **_mine_chunk(corpus, queries, documents, chunks[chunk], rules, place.device))
+        store.write_result(chunk, _mine_chunk(corpus, queries, documents, chunks[chunk], rules, place.device))
 
-    with progress("search", corpus.num_queries, "queries") as bar:
-        done = 0
-        for finished in share_out(
-            len(chunks), lambda chunk: store.result(chunk).exists(), work, place.rank, place.world_size
-        ):
-            bar.advance(min(finished * QUERIES_A_CHUNK, corpus.num_queries) - done)
-            done = min(finished * QUERIES_A_CHUNK, corpus.num_queries)
+    share_out("search", chunks, lambda chunk: store.result(chunk).exists(), work, place.rank, place.world_size)
+
+
+def score(corpus: Corpus, cross_encoder: CrossEncoder, store: Store, place: Place) -> None:
+    """A cross-encoder's scores of every row's positive and negatives: this rank's chunks, then wait for the others'."""
+
+    def work(chunk: int) -> None:
+        with np.load(store.result(chunk)) as arrays:
+            rows, counts, negatives = (arrays[name] for name in ("rows", "counts", "negatives"))
+        pairs = [corpus.pairs.texts(row)[:2] for row in rows.tolist()]
+        of_negatives = np.repeat(np.arange(len(rows)), counts).tolist()
+        pairs += [(pairs[at][0], corpus.document(of)) for at, of in zip(of_negatives, negatives.tolist(), strict=True)]
+        scores = np.asarray(cross_encoder.predict(pairs, show_progress_bar=False), dtype=np.float64)
+        store.write_result(chunk, {"positive": scores[: len(rows)], "negative": scores[len(rows) :]}, CROSS_ENCODER)
+
+    chunks = chunks_of(corpus.num_queries, QUERIES_A_CHUNK)
+    share_out(
+        "score", chunks, lambda chunk: store.result(chunk, CROSS_ENCODER).exists(), work, place.rank, place.world_size
+    )
 
 
 def _mine_chunk(
@@ -210,33 +244,52 @@ def _rows_of_query(
         yield Mined(int(row), candidates[taken].tolist(), positive, scores[taken].tolist())
 
 
-def results(store: Store, corpus: Corpus) -> tuple[list[Mined], Counter[str]]:
-    """The negatives of every row, in the order of rows, and the rejected candidates by reason."""
-    mined: list[Mined] = []
+def results(store: Store, corpus: Corpus) -> MinedRows:
+    """The negatives of every row, in the order of rows, and their scores."""
+    names = ("rows", "counts", "negatives", "positive_scores", "negative_scores")
+    parts: dict[str, list[npt.NDArray[Any]]] = {}
     rejected: Counter[str] = Counter()
     for chunk in range(len(chunks_of(corpus.num_queries, QUERIES_A_CHUNK))):
         with np.load(store.result(chunk)) as arrays:
             rejected.update(dict(zip(arrays["reasons"].tolist(), arrays["rejected"].tolist(), strict=True)))
-            ends = np.cumsum(arrays["counts"])
-            negatives = np.split(arrays["negatives"], ends[:-1]) if len(ends) else []
-            scores = np.split(arrays["negative_scores"], ends[:-1]) if len(ends) else []
-            for row, numbers, positive, own in zip(
-                arrays["rows"].tolist(), negatives, arrays["positive_scores"].tolist(), scores, strict=True
-            ):
-                mined.append(Mined(row, numbers.tolist(), positive, own.tolist()))
-    mined.sort(key=lambda one: one.row)
-    return mined, rejected
+            for name in names:
+                parts.setdefault(name, []).append(arrays[name])
+        if store.result(chunk, CROSS_ENCODER).exists():
+            with np.load(store.result(chunk, CROSS_ENCODER)) as arrays:
+                for name in ("positive", "negative"):
+                    parts.setdefault(name, []).append(arrays[name])
+    columns = {name: np.concatenate(part) for name, part in parts.items()}
+    order = np.argsort(columns["rows"])
+    counts = columns["counts"][order]
+    first = np.concatenate([[0], np.cumsum(counts)])
+    starts = np.cumsum(columns["counts"]) - columns["counts"]  # of each row's negatives, as the chunks have them
+    place = np.repeat(starts[order] - first[:-1], counts) + np.arange(first[-1])
+    scores = (columns["positive"][order], columns["negative"][place]) if "positive" in columns else None
+    return MinedRows(
+        first,
+        columns["negatives"][place],
+        columns["positive_scores"][order],
+        columns["negative_scores"][place],
+        rejected,
+        scores,
+    )
 
 
-def records(mined: Sequence[Mined], corpus: Corpus) -> Iterator[dict[str, Any]]:
-    """Rows as `anchor prepare` reads them: texts, negatives best first, and the scores they were chosen by."""
-    for one in mined:
-        query, positive, language = corpus.pairs.texts(one.row)
-        yield {
+def records(mined: MinedRows, corpus: Corpus, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Rows as `anchor prepare` reads them: query and positive as given, negatives best first, and all scores."""
+    for row in rows:
+        query, positive = (corpus.pairs.cell(row, name) for name in ("anchor", "positive"))
+        own = slice(int(mined.first[row]), int(mined.first[row + 1]))
+        record = {
             "anchor": query,
             "positive": positive,
-            "language": language,
-            "negatives": [corpus.document(number) for number in one.negatives],
-            "positive_score": one.positive_score,
-            "negative_scores": one.negative_scores,
+            "language": corpus.pairs.language(row),
+            "negatives": [corpus.document(number) for number in mined.negatives[own].tolist()],
+            "positive_score": float(mined.positive_scores[row]),
+            "negative_scores": mined.negative_scores[own].tolist(),
         }
+        if mined.cross_encoder is not None:
+            positives, negatives = mined.cross_encoder
+            record["cross_encoder_positive_score"] = float(positives[row])
+            record["cross_encoder_negative_scores"] = negatives[own].tolist()
+        yield record

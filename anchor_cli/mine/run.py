@@ -10,18 +10,17 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from anchor_cli.base.console import progress, say
-from anchor_cli.base.contract import TextContract
-from anchor_cli.base.errors import InputError
+from anchor_cli.base.console import progress, say, warn
+from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
+from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.base.files import fsync_tree, write_json
 from anchor_cli.data.documents import read_documents
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
@@ -33,6 +32,9 @@ from anchor_cli.mine.corpus import Corpus, corpus_of
 from anchor_cli.mine.page import write_page
 from anchor_cli.mine.select import REJECTED, Rules
 from anchor_cli.mine.store import Store
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
 
 SUMMARY, PAGE = "mining.json", "mining.html"
 HISTOGRAM_BINS = 50
@@ -120,33 +122,73 @@ def identity_of(mining: Mining, pairs: PreparedPairs) -> dict[str, Any]:
 def mine_rank(mining: Mining, rank: int, world_size: int, local_rank: int) -> tuple[Store, Corpus]:
     """This rank's share of the work; returns when all ranks have done theirs."""
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    embedder = load_embedder(mining.model, batch_tokens=mining.batch_tokens, device=device)
     pairs = open_pairs(mining)
+    embedder = load_embedder(mining.model, batch_tokens=mining.batch_tokens, device=device, prepared=pairs.contract)
+    scorer = None if mining.cross_encoder is None else load_cross_encoder(mining.cross_encoder, device)
     corpus = corpus_of(pairs, mining.further)
-    identity = identity_of(mining, pairs)
+    plan = mine.plan_of(identity_of(mining, pairs), mining.rules, mining.cross_encoder)
     if rank == 0:
-        store = mine.begin(mining.store, identity, mining.rules)
+        _warn_of_another_template(mining.model, pairs)
+        store = mine.begin(mining.store, plan)
     else:
         store = Store(mining.store)
-        while not mine.has_begun(mining.store, identity, mining.rules):
+        while not mine.has_begun(mining.store, plan):
             time.sleep(0.1)
     place = mine.Place(rank, world_size, device)
     mine.encode(corpus, embedder, store, place)
     mine.search(corpus, embedder.dimension, store, mining.rules, place)
+    if scorer is not None:
+        mine.score(corpus, scorer, store, place)
     return store, corpus
+
+
+def load_cross_encoder(model: str, device: str) -> CrossEncoder:
+    """The model of `--cross-encoder`, before the work begins.
+
+    Raises:
+        InputError: it cannot be loaded, or gives a pair of texts more than one number.
+    """
+    try:
+        from sentence_transformers import CrossEncoder
+
+        scorer: CrossEncoder = CrossEncoder(model, device=device)
+    except Exception as error:  # the libraries raise their own kinds
+        raise InputError(f"--cross-encoder {model}: cannot be loaded: {first_line(error)}") from error
+    if scorer.num_labels != 1:
+        raise InputError(
+            f"--cross-encoder {model}: gives {scorer.num_labels} numbers for a pair of texts, expected 1",
+            "name a model that ranks passages, with one label",
+        )
+    return scorer
+
+
+def _warn_of_another_template(model: Path, pairs: PreparedPairs) -> None:
+    """Stage II refuses such a model as its start; another one may be meant to start it."""
+    if not (model / FILE_NAME).is_file():
+        return
+    ours, theirs = pairs.contract.text_template, read_contract(model).text_template
+    if theirs != ours:
+        warn(f"{model} was trained under the template {theirs!r}, and {pairs.folder} was prepared under {ours!r}: "
+             "texts are encoded as the pairs were prepared")  # fmt: skip
 
 
 def finish(mining: Mining, store: Store, corpus: Corpus) -> dict[str, Any]:
     """Write the folder and return what `mining.json` says. Rank 0 only."""
-    mined, rejected = mine.results(store, corpus)
+    mined = mine.results(store, corpus)
     staged = mining.out.with_name(f".{mining.out.name}.mined")
     shutil.rmtree(staged, ignore_errors=True)
     rows = store.folder / "rows.jsonl"
-    _write_rows(rows, mine.records(mined, corpus), mining.cross_encoder, len(mined))
-    options = Options(query_column="anchor", document_column="positive", language_column="language", negatives=True)
+    _write_rows(rows, mined, corpus)
+    options = Options(
+        query_column="anchor",
+        document_column="positive",
+        language_column="language",
+        negatives=True,
+        separator_as_text=not corpus.pairs.has_records,
+    )
     prepare([str(rows)], staged, **_contract_options(corpus.pairs.contract, mining.model), options=options)
     rows.unlink()
-    summary = summary_of(mining, mined, rejected, corpus)
+    summary = summary_of(mining, mined, corpus)
     write_json(staged / SUMMARY, summary)
     write_page(staged / PAGE, summary, samples_of(mined, corpus))
     fsync_tree(staged)
@@ -168,28 +210,17 @@ def _contract_options(contract: TextContract, model: Path) -> dict[str, Any]:
     }
 
 
-def _write_rows(path: Path, records: Iterator[dict[str, Any]], cross_encoder: str | None, num_rows: int) -> None:
-    """Rows as JSON lines; with a cross-encoder its scores of positive and negatives, too, as `scores`."""
-    scorer = None
-    if cross_encoder is not None:
-        from sentence_transformers import CrossEncoder
-
-        scorer = CrossEncoder(cross_encoder)
-    with open(path, "w", encoding="utf-8", newline="\n") as file, progress("write", num_rows, "rows") as bar:
-        for record in records:
-            if scorer is not None:
-                documents = [record["positive"], *record["negatives"]]
-                scores = scorer.predict([(record["anchor"], document) for document in documents])
-                record["scores"] = [float(score) for score in scores]
+def _write_rows(path: Path, mined: mine.MinedRows, corpus: Corpus) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file, progress("write", len(mined), "rows") as bar:
+        for record in mine.records(mined, corpus, range(len(mined))):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             bar.advance(1)
 
 
-def summary_of(mining: Mining, mined: Sequence[mine.Mined], rejected: Counter[str], corpus: Corpus) -> dict[str, Any]:
+def summary_of(mining: Mining, mined: mine.MinedRows, corpus: Corpus) -> dict[str, Any]:
     """What was mined, in numbers: `mining.json`, `--json` and the page."""
-    rows_with = Counter(len(one.negatives) for one in mined)
+    rows_with = np.bincount(np.diff(mined.first)).tolist()
     edges = np.linspace(-1.0, 1.0, HISTOGRAM_BINS + 1)
-    scores = [score for one in mined for score in one.negative_scores]
     return {
         "out": str(mining.out),
         "model": str(mining.model),
@@ -198,19 +229,22 @@ def summary_of(mining: Mining, mined: Sequence[mine.Mined], rejected: Counter[st
         "rows": len(mined),
         "queries": corpus.num_queries,
         "documents": corpus.num_documents,
-        "negatives": sum(num * rows for num, rows in rows_with.items()),
-        "rows_with": {str(num): rows_with[num] for num in sorted(rows_with)},
-        "rejected": {reason: rejected[reason] for reason in REJECTED if rejected[reason]},
+        "negatives": len(mined.negatives),
+        "rows_with": {str(num): rows for num, rows in enumerate(rows_with) if rows},
+        "rejected": {reason: mined.rejected[reason] for reason in REJECTED if mined.rejected[reason]},
         "scores": {
             "edges": [round(float(edge), 6) for edge in edges],
-            "positives": np.histogram([one.positive_score for one in mined], edges)[0].tolist(),
-            "negatives": np.histogram(scores, edges)[0].tolist(),
+            "positives": np.histogram(mined.positive_scores, edges)[0].tolist(),
+            "negatives": np.histogram(mined.negative_scores, edges)[0].tolist(),
         },
     }
 
 
-def samples_of(mined: Sequence[mine.Mined], corpus: Corpus, num: int = 20) -> list[dict[str, Any]]:
-    """Rows to read, evenly spread."""
-    rows = np.unique(np.linspace(0, len(mined) - 1, num).astype(np.int64))
-    chosen = [mined[row] for row in rows]
-    return [record | {"row": one.row} for record, one in zip(mine.records(chosen, corpus), chosen, strict=True)]
+def samples_of(mined: mine.MinedRows, corpus: Corpus, num: int = 20) -> list[dict[str, Any]]:
+    """Rows to read, evenly spread; of a record the content."""
+    rows = np.unique(np.linspace(0, len(mined) - 1, num).astype(np.int64)).tolist()
+    samples = []
+    for row, record in zip(rows, mine.records(mined, corpus, rows), strict=True):
+        query, positive, _ = corpus.pairs.texts(row)
+        samples.append(record | {"row": row, "anchor": query, "positive": positive})
+    return samples

@@ -5,6 +5,7 @@
       queries.f32, documents.f32    embeddings, float32, one row a text
       documents-00012.done          the rows of chunk 12 are on the disk
       negatives-00003.npz           the negatives of the queries of chunk 3
+      cross_encoder-00003.npz       a cross-encoder's scores of chunk 3
 
 A chunk depends on nothing but the plan: which process makes it, and when, changes nothing.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from anchor_cli.base.console import progress
 from anchor_cli.base.files import fsync_folder
 
 Float32Array = npt.NDArray[np.float32]
@@ -68,33 +70,46 @@ class Store:
     def _marker(self, name: str, chunk: int) -> Path:
         return self.folder / f"{name}-{chunk:05d}.done"
 
-    def result(self, chunk: int) -> Path:
-        """The file of a chunk of negatives."""
-        return self.folder / f"negatives-{chunk:05d}.npz"
+    def result(self, chunk: int, name: str = "negatives") -> Path:
+        """The file of a chunk of negatives, or of their scores."""
+        return self.folder / f"{name}-{chunk:05d}.npz"
 
-    def write_result(self, chunk: int, **arrays: npt.NDArray[Any]) -> None:
-        """Write a chunk of negatives: whole under its name, or not there."""
-        partial = self.folder / f".negatives-{chunk:05d}.{os.getpid()}.partial"
+    def write_result(self, chunk: int, arrays: dict[str, npt.NDArray[Any]], name: str = "negatives") -> None:
+        """Write a chunk: whole under its name, or not there."""
+        partial = self.folder / f".{name}-{chunk:05d}.{os.getpid()}.partial"
         with open(partial, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.result(chunk))
+        os.replace(partial, self.result(chunk, name))
         fsync_folder(self.folder)
 
 
 def share_out(
-    num_chunks: int, is_done: Callable[[int], bool], work: Callable[[int], None], rank: int, world_size: int
-) -> Iterator[int]:
-    """Do this rank's chunks, then wait for the others'. Yields how many of all are done, for a progress bar.
+    label: str,
+    chunks: list[range],
+    is_done: Callable[[int], bool],
+    work: Callable[[int], None],
+    rank: int,
+    world_size: int,
+) -> None:
+    """Do this rank's chunks of texts, then wait for the others', with a progress bar of what all have done.
 
     A chunk falls to one rank by its number. A rank that dies ends the others through their launcher.
     """
-    for chunk in range(rank, num_chunks, world_size):
-        if not is_done(chunk):
-            work(chunk)
-        yield sum(map(is_done, range(num_chunks)))
-    while (done := sum(map(is_done, range(num_chunks)))) < num_chunks:
-        yield done
-        time.sleep(_LOOK_EVERY_S)
-    yield num_chunks
+    with progress(label, sum(map(len, chunks)), "texts") as bar:
+        shown = 0
+
+        def show() -> bool:
+            nonlocal shown
+            done = sum(len(texts) for chunk, texts in enumerate(chunks) if is_done(chunk))
+            bar.advance(done - shown)
+            shown = done
+            return done == sum(map(len, chunks))
+
+        for chunk in range(rank, len(chunks), world_size):
+            if not is_done(chunk):
+                work(chunk)
+            show()
+        while not show():
+            time.sleep(_LOOK_EVERY_S)

@@ -114,7 +114,8 @@ class RunSpec(BaseModel):
     matryoshka_weights: list[NotNegative] | None = None
     """Weight of each of `matryoshka_dims`. Default: all the same."""
     kd_weight: NotNegative = 0.0
-    """Weight of distilling the rows' teacher `scores` (KL divergence over a row's own documents)."""
+    """Weight of distilling a teacher's scores (KL divergence over a row's own documents): the rows' `scores`, else a
+    cross-encoder's, else those they were mined with."""
     kd_temperature: AboveZero = 1.0
     """Temperature of teacher and model in distillation."""
     num_hard_negatives: Annotated[int, Field(ge=0)] | None = None

@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt '.[sentence-transformers]'      # in the repository
     python examples/stage2/train_sentence_transformers.py EXPORT pairs.jsonl --out stage2 --eval ko:beir/my-set
+    torchrun --nproc-per-node 2 examples/stage2/train_sentence_transformers.py EXPORT mined --out kure --recipe kure
     torchrun --nproc-per-node 2 examples/stage2/train_sentence_transformers.py EXPORT pairs.jsonl --out stage2
 
 DATA is a .jsonl, .json, .csv or .parquet file or a `save_to_disk` folder (`anchor mine` writes one) with the columns
@@ -9,6 +10,7 @@ DATA is a .jsonl, .json, .csv or .parquet file or a `save_to_disk` folder (`anch
 a `language` column chooses each row's instruction.
 The prompts (template, instruction), the closing [EOS] and the pooling come with the export, the settings with its
 stage_II.json: batch size, learning rate, schedule, temperature, whatever else the trainer's arguments are named.
+`--recipe NAME` takes those of its `recipes` over the simple ones.
 """
 
 from __future__ import annotations
@@ -28,9 +30,103 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
-from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch.nn import functional as F
 
-LOSSES = ("MultipleNegativesRankingLoss", "CachedGISTEmbedLoss")
+LOSSES = ("MultipleNegativesRankingLoss", "CachedGISTEmbedLoss", "SelfGuidedLoss")
+
+
+class SelfGuidedLoss(CachedMultipleNegativesRankingLoss):
+    """Queries against all documents of the batch; the model itself says which candidates to drop and to harden.
+
+        z = s / temperature + hardness_strength * s * [hardened]     s the cosine; no gradient through the second one
+        dropped, but never the row's positive p:  s > s_p - margin (absolute)  or  s > s_p * (1 - margin) (relative)
+        loss = mean over rows of [ log sum of exp z over the kept - z_p ]
+
+    The library's guided loss has neither hardness nor the model as its own guide, and its loss with hardness no guide.
+    `anchor train` computes the same (docs/contrastive.md), and besides drops every known positive's text, where here
+    the sampler keeps duplicates out of a batch. Cosines are float32 under autocast, too: at 0.01 bf16 is too coarse.
+
+    Args:
+        margin_strategy: `absolute`, `relative`, or None: nothing is dropped.
+        hardness_mode: `hard_negatives` (the row's own), `explicit_negatives` (every row's), `in_batch_negatives` (all
+            documents of other rows), `all_negatives`, or None.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        temperature: float,
+        mini_batch_size: int = 16,
+        margin_strategy: str | None = None,
+        margin: float = 0.0,
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+    ) -> None:
+        super().__init__(model, scale=1 / temperature, mini_batch_size=mini_batch_size)
+        if margin_strategy not in (None, "absolute", "relative"):
+            raise SystemExit(f"margin_strategy {margin_strategy}: expected absolute or relative")
+        modes = (None, "hard_negatives", "explicit_negatives", "in_batch_negatives", "all_negatives")
+        if hardness_mode not in modes:
+            raise SystemExit(f"hardness_mode {hardness_mode}: expected one of {', '.join(filter(None, modes))}")
+        self.margin_strategy, self.margin = margin_strategy, margin
+        self.hardened, self.strength = hardness_mode, hardness_strength
+
+    def calculate_loss(
+        self, reps: list[list[torch.Tensor]], labels: torch.Tensor | None = None, *, with_backward: bool = False
+    ) -> torch.Tensor:
+        """The loss of G rows from mini-batches of embeddings of queries, positives, first negatives, …"""
+        with torch.autocast(reps[0][0].device.type, enabled=False):
+            queries, *documents = (_unit_rows(torch.cat(side)) for side in reps)
+            num_rows, candidates = len(queries), torch.cat(documents)  # column k * G + i: document k of row i
+            losses = []
+            for rows in torch.arange(num_rows, device=queries.device).split(self.mini_batch_size):
+                s = queries[rows] @ candidates.T
+                loss = F.cross_entropy(self._logits(s, rows, num_rows), rows, reduction="sum") / num_rows
+                if with_backward:
+                    loss.backward(retain_graph=bool(rows[-1] < num_rows - 1))
+                    loss = loss.detach()
+                losses.append(loss)
+        return torch.stack(losses).sum()
+
+    def _logits(self, s: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """(B, C) z of the cosines s; what is dropped is -inf."""
+        column, row = torch.arange(s.shape[1], device=s.device)[None], rows[:, None]
+        positive, own, explicit = column == row, column % num_rows == row, column >= num_rows
+        hardened = {
+            "hard_negatives": own & explicit,
+            "explicit_negatives": explicit.expand_as(own),
+            "in_batch_negatives": ~own,
+            "all_negatives": ~positive,
+        }
+        guide = s.detach()
+        z = s * self.scale
+        if self.hardened is not None:
+            z = z + self.strength * guide * hardened[self.hardened]
+        if self.margin_strategy is not None:
+            threshold = guide.gather(1, row)
+            threshold = threshold - self.margin if self.margin_strategy == "absolute" else threshold * (1 - self.margin)
+            z = z.masked_fill((guide > threshold) & ~positive, -torch.inf)
+        return z
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "mini_batch_size": self.mini_batch_size,
+            "margin_strategy": self.margin_strategy,
+            "margin": self.margin,
+            "hardness_mode": self.hardened,
+            "hardness_strength": self.strength,
+        }
+
+
+def _unit_rows(vectors: torch.Tensor) -> torch.Tensor:
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
 
 
 def load_rows(path: Path, num_negatives: int) -> Dataset:
@@ -104,15 +200,23 @@ def prompts_of(model: SentenceTransformer, data: DatasetDict) -> dict[str, dict[
 
 
 def make_loss(
-    model: SentenceTransformer, name: str, guide: str | None, start: Path, temperature: float, mini_batch_size: int
+    model: SentenceTransformer,
+    name: str,
+    guide: str | None,
+    start: Path,
+    temperature: float,
+    mini_batch_size: int,
+    options: dict[str, Any],
 ) -> Any:
     """In-batch negatives; with a guide model, those that the guide finds nearer than the positive are left out.
 
-    Without `guide` the guide is the export itself, as it is before training. It is given the student's texts decoded:
-    the template's words and the instruction are part of them.
+    Without `guide` the guide of CachedGISTEmbedLoss is the export itself, as it is before training. It is given the
+    student's texts decoded: the template's words and the instruction are part of them. `options`: of SelfGuidedLoss.
     """
     if name == "MultipleNegativesRankingLoss":
         return MultipleNegativesRankingLoss(model, scale=1 / temperature)
+    if name == "SelfGuidedLoss":
+        return SelfGuidedLoss(model, temperature=temperature, mini_batch_size=mini_batch_size, **options)
     judge = SentenceTransformer(guide, device=str(model.device)) if guide else load_export(start)
     return CachedGISTEmbedLoss(model, judge, temperature=temperature, mini_batch_size=mini_batch_size)
 
@@ -163,8 +267,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def settings_of(export: Path) -> dict[str, Any]:
-    """The export's stage_II.json: what the trainer takes, and `loss` and `temperature`.
+OF_THE_LOSS = ("margin_strategy", "margin", "hardness_mode", "hardness_strength")
+OF_THIS_SCRIPT = ("loss", "temperature", "max_seq_length", "mini_batch_size", "num_hard_negatives", *OF_THE_LOSS)
+
+
+def settings_of(export: Path, recipe: str | None = None) -> dict[str, Any]:
+    """The export's stage_II.json: what the trainer takes, and what this script does; a recipe's values over them.
 
     What the model itself carries (prompts, pooling, template) is not read again; any other key is refused, so that an
     edit never changes nothing.
@@ -174,8 +282,12 @@ def settings_of(export: Path) -> dict[str, Any]:
     for carried in ("pooling_mode", "text_template", "instructions", "prompts", "model_name_or_path", "output_dir"):
         settings.pop(carried, None)
     settings.pop("dataset_file_path", None)
+    recipes = settings.pop("recipes", {})
+    if recipe is not None and recipe not in recipes:
+        raise SystemExit(f"{path}: no recipe {recipe}; it has {', '.join(recipes) or 'none'}")
+    settings |= recipes.get(recipe, {})
     known = {field.name for field in fields(SentenceTransformerTrainingArguments)}
-    unknown = sorted(set(settings) - known - {"loss", "temperature", "max_seq_length"})
+    unknown = sorted(set(settings) - known - set(OF_THIS_SCRIPT))
     if unknown:
         raise SystemExit(f"{path}: nothing here reads {', '.join(unknown)}")
     if not torch.cuda.is_available():
@@ -202,9 +314,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument("data", type=Path, help="file or save_to_disk folder: anchor, positive, negative…")
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--guide", help="embedding model for CachedGISTEmbedLoss; default there: the export itself")
+    parser.add_argument("--recipe", metavar="NAME", help="of stage_II.json's recipes, over its simple values: kure")
     parser.add_argument("--loss", choices=LOSSES, help="default: stage_II.json's, or by --guide")
-    parser.add_argument("--mini-batch-size", type=int, default=16, help="pairs held at once by CachedGISTEmbedLoss")
-    parser.add_argument("--num-negatives", type=int, default=4, help="of a list column `negatives`, at most so many")
     parser.add_argument(
         "--eval", action="append", default=[], metavar="[LANG:]DIR", help="BEIR folder; may be repeated"
     )
@@ -214,10 +325,15 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     own.add_argument("--batch-size", type=int, dest="per_device_train_batch_size", help="pairs a step on one GPU")
     own.add_argument("--learning-rate", type=float)
     own.add_argument("--temperature", type=float, help="divides cosines; 0.05 is a scale of 20")
+    own.add_argument("--mini-batch-size", type=int, help="texts encoded at once by the two cached losses [16]")
+    own.add_argument(
+        "--num-negatives", type=int, dest="num_hard_negatives", help="of a list column `negatives`, at most so many [4]"
+    )
     own.add_argument("--seed", type=int)
     own.add_argument("--report-to", help="wandb, tensorboard, … or none")
     args = parser.parse_args(arguments)
-    settings = {"temperature": 0.05, "batch_sampler": "no_duplicates", "report_to": "none"} | settings_of(args.export)
+    usual = {"temperature": 0.05, "batch_sampler": "no_duplicates", "report_to": "none"}
+    settings = usual | {"mini_batch_size": 16, "num_hard_negatives": 4} | settings_of(args.export, args.recipe)
     names = [action.dest for action in own._group_actions]
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     asked = settings.pop("loss", LOSSES[0])
@@ -234,8 +350,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     args, settings = parse(arguments)
     model = load_export(args.export)
     model.max_seq_length = min(model.max_seq_length, settings.pop("max_seq_length", model.max_seq_length))
-    data = by_language(load_rows(args.data, args.num_negatives))
-    loss = make_loss(model, args.loss, args.guide, args.export, settings.pop("temperature"), args.mini_batch_size)
+    data = by_language(load_rows(args.data, settings.pop("num_hard_negatives")))
+    options = {name: settings.pop(name) for name in OF_THE_LOSS if name in settings}
+    temperature, mini_batch_size = settings.pop("temperature"), settings.pop("mini_batch_size")
+    loss = make_loss(model, args.loss, args.guide, args.export, temperature, mini_batch_size, options)
     evaluator = make_evaluator(args.eval, model)
     trainer = SentenceTransformerTrainer(
         model=model,

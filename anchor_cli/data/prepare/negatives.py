@@ -1,4 +1,4 @@
-"""A row's hard negatives and teacher scores, for Stage II: checked one by one, tokenised, and as columns.
+"""A row's hard negatives and their scores, for Stage II: checked one by one, tokenised, and as columns.
 
 A negative that cannot be used is left out of its row and counted; the row stays, without negatives if need be. Scores
 belong to documents by their place, so scores that are not one number for each of a row's documents reject the row.
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from anchor_cli.data.pairs import text_key
+from anchor_cli.data.pairs import SCORE_COLUMNS, text_key
 from anchor_cli.data.prepare.checks import text_fault
 from anchor_cli.data.prepare.leaks import LeakIndex
-from anchor_cli.data.prepare.shards import NEGATIVE_COLUMNS, SCORES
+from anchor_cli.data.prepare.shards import NEGATIVE_COLUMNS
 from anchor_cli.data.sources.files import Columns, Fault
 from anchor_cli.data.text import TokenisedText, canonical, content_of
 
@@ -28,8 +28,8 @@ class Negatives:
     """The negatives of one row that are used, best first."""
 
     texts: list[str] = field(default_factory=list)
-    scores: list[float] | None = None
-    """A teacher's scores of the positive and of `texts`; None where the source has no such column."""
+    scores: dict[tuple[str, ...], list[float]] = field(default_factory=dict)
+    """By entry of `pairs.SCORE_COLUMNS`: the scores of the positive and of `texts`."""
     left_out: Counter[str] = field(default_factory=Counter)
 
 
@@ -48,10 +48,10 @@ class NegativeChecks:
         texts = _texts(values[: len(columns.negatives)])
         if not self.separator_as_text:
             texts = [content_of(text) if isinstance(text, str) else text for text in texts]
-        scores = _scores(values[len(columns.negatives) :], len(texts)) if columns.scores else None
-        if columns.scores and scores is None:
+        scores = _scores(dict(zip(columns.scores, values[len(columns.negatives) :], strict=True)), len(texts))
+        if scores is None:
             return None
-        found = Negatives(scores=None if scores is None else scores[:1])
+        used = Negatives(scores={names: of_row[:1] for names, of_row in scores.items()})
         taken = {canonical(query): "negative_is_query", canonical(document): "negative_is_positive"}
         for place, text in enumerate(texts, 1):
             fault = (
@@ -61,13 +61,13 @@ class NegativeChecks:
             if fault is None and self.leaks is not None and (leak := self.leaks.find(text)) is not None:
                 fault = leak.reason
             if fault is not None:
-                found.left_out[fault] += 1
+                used.left_out[fault] += 1
                 continue
             taken[canonical(text)] = "negative_repeated"
-            found.texts.append(text)
-            if found.scores is not None and scores is not None:
-                found.scores.append(scores[place])
-        return found
+            used.texts.append(text)
+            for names, of_row in scores.items():
+                used.scores[names].append(of_row[place])
+        return used
 
 
 def _texts(values: Sequence[Any]) -> list[Any]:
@@ -81,13 +81,19 @@ def _texts(values: Sequence[Any]) -> list[Any]:
     return texts
 
 
-def _scores(values: Sequence[Any], num_negatives: int) -> list[float] | None:
-    """[positive, negative 1, …] from `scores`, or from `positive_score` and `negative_scores`."""
-    scores: list[Any] = []
-    for value in values:
-        scores += value if isinstance(value, list | tuple) else [value]
-    usable = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
-    return [float(score) for score in scores] if usable and len(scores) == 1 + num_negatives else None
+def _scores(values: dict[str, Any], num_negatives: int) -> dict[tuple[str, ...], list[float]] | None:
+    """[positive, negative 1, …] by entry of `SCORE_COLUMNS`. None: some are not one finite number a document."""
+    by_columns: dict[tuple[str, ...], list[float]] = {}
+    for names in SCORE_COLUMNS:
+        scores: list[Any] = []
+        for value in (values[name] for name in names if name in values):
+            scores += value if isinstance(value, list | tuple) else [value]
+        usable = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+        if names[0] in values:
+            if not usable or len(scores) != 1 + num_negatives:
+                return None
+            by_columns[names] = [float(score) for score in scores]
+    return by_columns
 
 
 def encode_negatives(
@@ -103,14 +109,17 @@ def encode_negatives(
             if not good:
                 row.left_out["no_room" if text is None else "no_tokens"] += 1
         row.texts = [text for text, good in zip(row.texts, usable, strict=True) if good]
-        if row.scores is not None:
-            row.scores = [score for score, good in zip(row.scores, [True, *usable], strict=True) if good]
+        for names, scores in row.scores.items():
+            row.scores[names] = [score for score, good in zip(scores, [True, *usable], strict=True) if good]
         tokens.append([text for text, good in zip(texts, usable, strict=True) if good and text is not None])
     return tokens
 
 
 def negative_columns(
-    pairs: Sequence[tuple[str, str]], rows: Sequence[Negatives], tokens: Sequence[Sequence[TokenisedText]], scores: bool
+    pairs: Sequence[tuple[str, str]],
+    rows: Sequence[Negatives],
+    tokens: Sequence[Sequence[TokenisedText]],
+    scores: Sequence[str],
 ) -> list[pa.Array]:
     """The columns of `shards.schema_of` after those of pairs; `pairs` are (query, document)."""
     ids = [np.concatenate([text.ids for text in row]) if row else np.empty(0, np.int32) for row in tokens]
@@ -123,9 +132,13 @@ def negative_columns(
         "document_key": pa.array(np.array([text_key(document) for _, document in pairs], dtype=np.int64)),
         "negative_keys": _lists([[text_key(text) for text in row.texts] for row in rows], np.int64),
     }
-    if scores:
-        columns[SCORES] = _lists([row.scores or [] for row in rows], np.float32)
-    return [columns[name] for name in (*NEGATIVE_COLUMNS, *([SCORES] if scores else []))]
+    for names in SCORE_COLUMNS:
+        if names[0] in scores and len(names) == 1:
+            columns[names[0]] = _lists([row.scores[names] for row in rows], np.float32)
+        elif names[0] in scores:
+            columns[names[0]] = pa.array(np.array([row.scores[names][0] for row in rows], dtype=np.float32))
+            columns[names[1]] = _lists([row.scores[names][1:] for row in rows], np.float32)
+    return [columns[name] for name in (*NEGATIVE_COLUMNS, *scores)]
 
 
 def _lists(rows: Sequence[Any], dtype: Any) -> pa.Array:

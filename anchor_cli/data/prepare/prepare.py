@@ -30,6 +30,7 @@ from anchor_cli.base.files import (
     writer_of,
 )
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.data.pairs import SCORE_COLUMNS
 from anchor_cli.data.prepare.keeper import Keeper
 from anchor_cli.data.prepare.leaks import NGRAM_WORDS, LeakIndex
 from anchor_cli.data.prepare.near import require_library
@@ -123,7 +124,7 @@ def _write_all(
     sources = [open_source(spec, options) for spec in specs]
     check_split_options(specs, options)
     _require_language_columns(sources, work.contract)
-    work = replace(work, scores=options.negatives and _all_have_scores(sources))
+    work = replace(work, scores=_scores_of_all(sources) if options.negatives else ())
     samples = _samples_by_weight(sources, options.weights, work.limits)
     hints = [sample.wanted if sample else source.rows_hint for source, sample in zip(sources, samples, strict=True)]
     total = None if None in hints else sum(hint for hint in hints if hint is not None)
@@ -170,12 +171,13 @@ def _require_language_columns(sources: list[Source], contract: TextContract) -> 
                 )
 
 
-def _all_have_scores(sources: list[Source]) -> bool:
-    """Whether every file has a teacher's scores; where some have none, none is kept, with a line that says so."""
-    having = [bool(file.columns.scores) for source in sources for file in source.files]
-    if any(having) and not all(having):
-        say("teacher scores are left out: not every source has them")
-    return bool(having) and all(having)
+def _scores_of_all(sources: list[Source]) -> tuple[str, ...]:
+    """The columns of scores that every file has; those that some lack are left out, with a line that says so."""
+    having = [file.columns.scores for source in sources for file in source.files]
+    names = [name for columns in SCORE_COLUMNS for name in columns if any(name in one for one in having)]
+    if lacking := [name for name in names if not all(name in one for one in having)]:
+        say(f"{', '.join(lacking)} left out: not every source has them")
+    return tuple(name for name in names if name not in lacking)
 
 
 def _samples_by_weight(sources: list[Source], weights: Sequence[float], limits: Limits) -> list[EvenSample | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from anchor_cli.base.files import write_json
-from anchor_cli.data.pairs import ID_COLUMNS, NUMBER_COLUMNS, TEXT_COLUMNS
+from anchor_cli.data.pairs import ID_COLUMNS, NUMBER_COLUMNS, SCORE_COLUMNS, TEXT_COLUMNS
 
 BATCH_ROWS = 2048
 BATCH_BYTES = 32 << 20
@@ -33,18 +34,16 @@ NEGATIVE_COLUMNS: dict[str, pa.DataType] = {
     "negative_keys": pa.list_(pa.int64()),
 }
 """Columns of Stage II, after those of pairs."""
-SCORES = "scores"
-"""Column of a teacher's scores: of the positive, then of the negatives."""
 
 
-def schema_of(*, negatives: bool = False, scores: bool = False) -> pa.Schema:
+def schema_of(*, negatives: bool = False, scores: Sequence[str] = ()) -> pa.Schema:
     """The columns of a prepared set, with what `datasets` wants to know of them."""
     columns: dict[str, pa.DataType] = {
         **dict.fromkeys(TEXT_COLUMNS, pa.string()),
         **dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
         **dict.fromkeys(NUMBER_COLUMNS, pa.int32()),
         **(NEGATIVE_COLUMNS if negatives else {}),
-        **({SCORES: pa.list_(pa.float32())} if scores else {}),
+        **{name: pa.list_(pa.float32()) if name.endswith("scores") else pa.float32() for name in scores},
     }
     features = json.dumps({"info": {"features": {name: _feature(kind) for name, kind in columns.items()}}})
     return pa.schema(list(columns.items()), metadata={"huggingface": features})
@@ -203,7 +202,7 @@ def _row_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
     for name in ("query_length", "document_length"):
         total += 4 * table.column(name).to_numpy().astype(np.int64)
     for name in table.column_names:
-        if name in NEGATIVE_COLUMNS or name == SCORES:
+        if name in NEGATIVE_COLUMNS or any(name in names for names in SCORE_COLUMNS):
             total += _bytes_of(table.column(name).combine_chunks())
     return total
 

@@ -31,8 +31,8 @@ class Work:
     near_duplicates: bool
     negatives: bool = False
     """Keep hard negatives, for Stage II."""
-    scores: bool = False
-    """Keep a teacher's scores of them."""
+    scores: tuple[str, ...] = ()
+    """Columns of scores that are kept."""
     separator_as_text: bool = False
     """Read `!@#$%^&*()` as text: no row is a record with an instruction of its own."""
 

@@ -56,7 +56,7 @@ class Columns:
     negatives: tuple[str, ...] = ()
     """Hard negatives: a column of lists, or one column for each place. Read for Stage II only."""
     scores: tuple[str, ...] = ()
-    """A teacher's scores of positive and negatives."""
+    """Scores of positive and negatives, such as a teacher's: whole entries of `pairs.SCORE_COLUMNS`."""
 
     @property
     def names(self) -> list[str]:

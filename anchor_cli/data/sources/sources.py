@@ -19,6 +19,7 @@ from typing import Any
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, RunError, first_line, nearest
 from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, hub_set, revision_of
+from anchor_cli.data.pairs import SCORE_COLUMNS
 from anchor_cli.data.sources.file_bytes import format_of
 from anchor_cli.data.sources.files import (
     Columns,
@@ -37,7 +38,6 @@ from anchor_cli.data.sources.sizes import digest_and_rows
 QUERY_NAMES = ("anchor", "query", "question", "q", "query_text", "sentence1")
 DOCUMENT_NAMES = tuple("positive document context passage answer pos positives doc text sentence2".split())
 LANGUAGE_NAMES = ("language", "lang")
-MINED_SCORES = ("positive_score", "negative_scores")
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 _USUAL_PAIRS = (("anchor", "positive"), ("query", "document"))  # a set that holds these means these
 
@@ -213,11 +213,10 @@ def choose_columns(names: Sequence[str], where: str, options: SourceOptions) -> 
 
 
 def _negatives_and_scores(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`negatives`, else `negative`, `negative_1`, `negative_2`, … by number; `scores`, else mined scores."""
+    """`negatives`, else `negative`, `negative_1`, `negative_2`, … by number; all columns of scores."""
     numbered = sorted((name for name in names if _NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:] or 0))
     negatives = ("negatives",) if "negatives" in names else tuple(numbered)
-    mined = MINED_SCORES if set(MINED_SCORES) <= set(names) else ()
-    return negatives, ("scores",) if "scores" in names else mined
+    return negatives, tuple(name for columns in SCORE_COLUMNS if set(columns) <= set(names) for name in columns)
 
 
 def _only(likely: Sequence[str], names: Sequence[str], other: str | None, where: str, side: str) -> str:

@@ -70,10 +70,10 @@ class Contrast:
         self._spec, self._contract, self._ranks = spec, contract, ranks
         self._data = ContrastData(pairs, spec.num_hard_negatives)
         self.settings = settings_of(spec)
-        if spec.kd_weight and not self._data.has_scores:
+        if spec.kd_weight and not self._data.scores_from:
             raise InputError(
                 f"kd_weight {spec.kd_weight:g}: {pairs.folder} has no teacher scores to learn from",
-                "prepare rows with a column scores, or set kd_weight to 0",
+                "prepare rows with a column scores, or mined ones, or set kd_weight to 0",
             )
         self.longest = self._data.longest_text
         self._guide: Guide | None = None
