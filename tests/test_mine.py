@@ -359,6 +359,9 @@ def test_the_command_with_one_and_two_processes(prepared: Path, small_model: Pat
     summary = json.loads(done.stdout)
     assert summary["rows"] == len(PreparedPairs.open(prepared)) == sum(summary["rows_with"].values())
     assert not (tmp_path / "one.mining").exists()
+    if without := summary["rows_with"].get("0"):
+        assert f"{without:,} rows have none; candidates were rejected most by relative_margin" in done.stderr
+    assert "guessed" not in done.stderr and "instruction" not in done.stderr, "said when the pairs were prepared"
     two = anchor(prepared, "--out", tmp_path / "two", "--nproc-per-node", "2", *options)
     assert two.returncode == 0, two.stderr
     for name in [*sorted(path.name for path in (tmp_path / "one").glob("*.arrow")), "mining.html"]:

@@ -232,7 +232,9 @@ def test_the_self_guided_loss_is_the_formula_and_anchor_trains_loss(
     d.requires_grad_()
     want = naive_self_guided(q, d, settings)
     want_gradients = torch.autograd.grad(want, (q, d))
-    loss = script("train_sentence_transformers").SelfGuidedLoss(torch.nn.Identity(), mini_batch_size=3, **settings)
+    loss = script("train_sentence_transformers").SelfGuidedLoss(
+        torch.nn.Sequential(torch.nn.Identity()), mini_batch_size=3, **settings
+    )
     for with_backward in (False, True):
         leaves = [side.detach().clone().requires_grad_() for side in (q, *d.unbind(1))]
         got = loss.calculate_loss([list(side.split(3)) for side in leaves], with_backward=with_backward)

@@ -51,13 +51,15 @@ def trained(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         (beir / f"{name}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
     judged = [f"queries{i}\tcorpus{i}\t1" for i in range(12)]
     (beir / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]) + "\n")
+    suite = {"sets": [{"name": "OfASuite", "source": "world", "language": "ko", "weight": 3}]}
+    (folder / "suite.json").write_text(json.dumps(suite))
     spec = {
         "model_name_or_path": str(small_model), "dataset_file_path": str(folder / "pairs.jsonl"),
         "output_dir": str(folder / "out"), "experiment_id": "run", "max_seq_length": LENGTH,
         "precision": "float32", "deepspeed": "zero2_fp32", "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": 150, "max_steps": 4, "warmup_steps": 2,
-        "learning_rate": 1e-3, "save_steps": 2, "eval_steps": 2, "eval_data": [f"ko:{beir}"], "do_train": True,
-        "reconstruction_targets": "content",
+        "learning_rate": 1e-3, "save_steps": 2, "eval_steps": 2, "do_train": True,
+        "eval_data": [f"ko:{beir}", f"suite:{folder / 'suite.json'}"], "reconstruction_targets": "content",
     }  # fmt: skip
     (folder / "spec.json").write_text(json.dumps(spec))
     done = run("train", str(folder / "spec.json"), "--nproc-per-node", "2", home=folder / "home")
@@ -110,6 +112,9 @@ def test_metrics_hold_every_step_and_evaluation_once(trained: dict[str, Any]) ->
     assert steps == [1, 2, 3, 4]
     assert [line["step"] for line in evaluations] == [2, 4]
     assert {"eval/ko/world/ndcg@10", "eval/ko/world/mrr@10", "eval/avg/mrr@10"} <= evaluations[0].keys()
+    for scores in evaluations:  # the same folder as the set of a suite's file
+        assert scores["eval/ko/world/ndcg@10"] == scores["eval/ko/OfASuite/ndcg@10"] > 0
+        assert scores["eval/avg/ndcg@10"] == pytest.approx(scores["eval/ko/world/ndcg@10"])
     promised = {"epoch", "train/grad_norm", "perf/pairs_per_s", "perf/tokens_per_s", "perf/peak_memory_gb"}
     assert all(promised <= line.keys() for line in trained["metrics"] if "train/loss" in line)
 

@@ -52,7 +52,7 @@ def mine(
     folder is prepared data for Stage II, with mining.html to read.
     """
     from anchor_cli.base.checkpoints import find_checkpoint
-    from anchor_cli.mine.select import Rules
+    from anchor_cli.mine.select import REJECTED, REJECTED_BY_A_THRESHOLD, Rules
     from anchor_cli.processes.ranks import environment_ranks
 
     if range_min >= range_max:
@@ -86,6 +86,9 @@ def mine(
     summary = finish(job, store, texts)
     rows, negatives = summary["rows"], summary["negatives"]
     say(f"{out}: {negatives:,} negatives for {rows:,} rows, {negatives / max(1, rows):.2f} a row")
+    if without := summary["rows_with"].get("0", 0):
+        most = max(REJECTED_BY_A_THRESHOLD, key=lambda reason: summary["rejected"].get(reason, 0))
+        say(f"{without:,} rows have none; candidates were rejected most by {most}: {REJECTED[most]}")
     say(f"to read: {out / 'mining.html'}")
     say(f'next: a spec with "stage": "II" and "dataset_file_path": "{out}"')
     if as_json:

@@ -185,6 +185,7 @@ def finish(mining: Mining, store: Store, corpus: Corpus) -> dict[str, Any]:
         language_column="language",
         negatives=True,
         separator_as_text=not corpus.pairs.has_records,
+        reported=None,
     )
     prepare([str(rows)], staged, **_contract_options(corpus.pairs.contract, mining.model), options=options)
     rows.unlink()

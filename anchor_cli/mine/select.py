@@ -32,6 +32,7 @@ REJECTED = {
     "near_duplicate": "nearly the text of a known positive",
 }
 """Every reason for which a candidate is rejected, in the order in which it is looked for."""
+REJECTED_BY_A_THRESHOLD = ("min_score", "max_score", "absolute_margin", "relative_margin", "near_duplicate")
 
 SHINGLE = 5  # characters
 NEAR_DUPLICATE = 0.8

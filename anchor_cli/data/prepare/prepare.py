@@ -112,7 +112,7 @@ def prepare(
         work = Work(str(tokenizer), contract, Limits(options.max_characters), leaks, options.near_duplicates)
         work = replace(work, negatives=options.negatives, separator_as_text=options.separator_as_text)
         summary = _write_all(list(sources), staged, scratch, work, options, num_proc, out)
-    for note in summary.tally.instructions.notes():
+    for note in summary.tally.instructions.notes() if options.reported is not None else ():
         say(note)
     summary.seconds = time.monotonic() - started
     return summary

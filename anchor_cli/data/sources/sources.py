@@ -131,8 +131,8 @@ class SourceOptions:
     subset: str | None = None
     negatives: bool = False
     """Read hard negatives and teacher scores, too, where a source has them."""
-    reported: set[str] = field(default_factory=set)
-    """Guesses that were printed already."""
+    reported: set[str] | None = field(default_factory=set)
+    """Guesses that were printed already. None: neither they nor notes on instructions are printed."""
 
 
 def open_source(spec: str, options: SourceOptions) -> Source:
@@ -240,7 +240,7 @@ def _report_guess(columns: Columns, where: str, options: SourceOptions) -> None:
     if columns.scores:
         guessed.append(f"scores = {' '.join(columns.scores)}")
     line = ", ".join(guessed)
-    if line and line not in options.reported:
+    if line and options.reported is not None and line not in options.reported:
         options.reported.add(line)
         say(f"{where}: columns guessed: {line}")
 
