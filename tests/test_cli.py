@@ -18,7 +18,9 @@ import typer
 
 from anchor_cli import __version__, cli
 from anchor_cli.base import console
+from anchor_cli.base.contract import TextContract, write_contract
 from anchor_cli.base.errors import AnchorError, InputError, RunError, Stopped, nearest
+from anchor_cli.spec.load import load_spec
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = [name for names in cli.COMMANDS.values() for name in names]
@@ -155,6 +157,17 @@ def test_init_writes_a_spec_that_is_whole(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(["init", str(path), "--data", "x"]) == 2
     assert capsys.readouterr().err.startswith(f"anchor: {path}: exists already\n")
     assert cli.run(["init", str(path), "--data", "x", "--force"]) == 0
+
+
+def test_init_takes_the_texts_of_prepared_data(tmp_path: Path) -> None:
+    """Else plan and train would refuse the spec that was just written: the data were made for another length."""
+    instructions = {"*": "찾으세요", "en": "Find"}
+    contract = TextContract(tokenizer_fingerprint="", max_seq_length=256, training_instructions=instructions)
+    write_contract(tmp_path, contract)
+    assert cli.run(["init", str(tmp_path / "run.json"), "--data", str(tmp_path)]) == 0
+    spec = load_spec(tmp_path / "run.json")
+    assert (spec.max_seq_length, spec.training_instructions) == (256, instructions)
+    assert "text_template" not in json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

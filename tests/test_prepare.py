@@ -335,6 +335,10 @@ def test_the_command_prints_a_table_or_json(
     assert PreparedPairs.open(tmp_path / "b").contract.training_instructions == {"ko": "질문", "*": "Find"}
     for side in ("query", "document"):
         assert sum(num for _, _, num in told["histogram"][side]) == told["rows"]["kept"]
+    # one language's own instruction, as the hint says: rows of other languages stay, under theirs
+    assert run([*common, "--out", str(tmp_path / "c"), "--json", "--instruction", "en=Find"]) == 0
+    assert json.loads(capsys.readouterr().out)["languages"] == told["languages"]
+    assert PreparedPairs.open(tmp_path / "c").contract.training_instructions == {"*": INSTRUCTION_KO, "en": "Find"}
 
 
 @pytest.mark.parametrize(

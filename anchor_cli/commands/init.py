@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -49,7 +49,7 @@ def init(
         "model_name_or_path": model,
         "dataset_file_path": data,
         "output_dir": output_dir,
-        "max_seq_length": 512,
+        **_texts_of(Path(data)),
         "learning_rate": 4e-5,
         "num_train_epochs": 3,
         "warmup_steps": 300,
@@ -75,6 +75,21 @@ def init(
         print_json({"spec": str(out)})
     else:
         say(f"{out} written. Next: anchor plan {out}   (what the run will do), then: anchor train {out}")
+
+
+def _texts_of(data: Path) -> dict[str, Any]:
+    """Length, and where they are not the defaults template and instructions, that prepared data were made for."""
+    from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
+
+    if not (data / FILE_NAME).is_file():
+        return {"max_seq_length": 512}
+    contract = read_contract(data)
+    texts: dict[str, Any] = {"max_seq_length": contract.max_seq_length}
+    for key, name in (("text_template", "text_template"), ("training_instructions", "instructions")):
+        value = getattr(contract, key)
+        if value != TextContract.model_fields[key].default:
+            texts[name] = value
+    return texts
 
 
 def _schema() -> Path:
