@@ -35,8 +35,7 @@ from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.text import load_tokenizer
-from anchor_cli.demo.demo import INSTRUCTIONS, Recipe, make_model
-from anchor_cli.demo.world import make_world, write_world
+from anchor_cli.demo.demo import Recipe, make_inputs, make_model, prepare_pairs
 from anchor_cli.evaluate.embedder import PackedEmbedder
 from anchor_cli.evaluate.evaluate import evaluate
 from anchor_cli.model.backbone import load_backbone
@@ -105,16 +104,8 @@ class Bench:
 
 def world_bench(folder: Path, seed: int, settings: Settings, shared: Path) -> Bench:
     """A quarter of the demo's world, the demo's model at half the width and two layers."""
-    train, beir = write_world(make_world(seed, NUM_WORLD_DOCUMENTS), folder / "world")
-    make_model(folder / "model", Recipe(seed=seed, **SHAPE))
-    prepare(
-        [str(train)],
-        folder / "prepared",
-        tokenizer=folder / "model",
-        max_seq_length=settings.max_seq_length,
-        options=Options(query_column="anchor", document_column="positive", language_column="language"),
-        training_instructions=INSTRUCTIONS,
-    )
+    train, beir = make_inputs(folder, Recipe(seed=seed, num_documents=NUM_WORLD_DOCUMENTS, **SHAPE))
+    prepare_pairs(folder, train, settings.max_seq_length)
     names = [f"{path.name.rpartition('-')[2]}:{path}" for path in beir]
     return Bench(folder / "model", PreparedPairs.open(folder / "prepared"), load_benchmarks(names))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def triples(num: int, seed: int = 0) -> list[dict[str, Any]]:
         negatives = rng.sample(texts, k=row % 8)
         positive = f"answer {row} {texts[num + row]}"
         scores = [round(rng.uniform(0.2, 1.0), 3) for _ in range(1 + len(negatives))]
-        rows.append({"anchor": query, "positive": positive, "negatives": negatives, "scores": scores})
+        texts_of_row = {"anchor": query, "positive": positive, "negatives": negatives}
+        rows.append({**texts_of_row, "scores": scores, "language": "ko" if row % 2 else "en"})
     return rows
 
 
@@ -37,27 +39,46 @@ def prepared_triples(small_model: Path, tmp_path_factory: pytest.TempPathFactory
     """12 rows, a step of tests/contrast_worker.py."""
     folder = tmp_path_factory.mktemp("triples")
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in triples(12)))
-    options = Options(negatives=True)
+    options = Options(negatives=True, language_column="language")
     prepare([str(folder / "rows.jsonl")], folder / "out", tokenizer=small_model, max_seq_length=64, options=options)
     return folder / "out"
 
 
+@pytest.fixture(scope="session")
+def guide(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with other weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("guide") / "model"
+    shutil.copytree(small_model, folder)
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_model)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("extent", ["quick", pytest.param("whole", marks=pytest.mark.slow)])
 def test_every_cut_gives_the_gradient_of_one_plain_backward(
-    world_size: int, small_model: Path, prepared_triples: Path, tmp_path: Path
+    extent: str, world_size: int, small_model: Path, guide: Path, prepared_triples: Path, tmp_path: Path
 ) -> None:
-    """The reference is float64, transformers' own model, a text at a time, the loss a loop over pairs."""
+    """The reference is float64, transformers' own models, a text at a time, the loss a loop over pairs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    worker = [str(REPOSITORY / "tests/contrast_worker.py"), str(small_model), str(prepared_triples)]
+    worker = [str(REPOSITORY / "tests/contrast_worker.py"), str(small_model), str(guide), str(prepared_triples)]
     done = subprocess.run(
-        [*command, *worker, str(tmp_path / "found.json")], env=environment, capture_output=True, text=True, timeout=580
+        [*command, *worker, str(tmp_path / "found.json"), extent],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) == 15
+    assert len(found) == (54 if extent == "whole" else 15)
     assert {one["micro_batches"] for one in found} >= {1} and len({one["micro_batches"] for one in found}) == 3
     for one in found:
-        bound = 1e-4 if one["keys"] == "sharp" else 1e-5  # a logit is s / temperature: five times the rounding
-        assert one["loss"] == pytest.approx(one["want"], rel=bound), one
-        assert one["gradient"] < bound, one
+        assert one["loss"] == pytest.approx(one["want"], rel=1e-5), one
+        assert one["gradient"] < 1e-5, one
+        if one["keys"] != "plain":
+            assert 0.1 < one["dropped_by_margin_share"] < 0.9, one

@@ -14,6 +14,7 @@ Shapes: R rows, S steps, G rows a step, M = world size × micro-batches bins a s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -125,36 +126,21 @@ def make_plan(
     Raises:
         InputError: fewer rows than one global batch, fewer rows in a batch than ranks, or a budget that cannot hold.
     """
-    num_rows = len(row_lengths)
-    if num_rows < global_batch_size:
-        raise InputError(
-            f"the data set has {num_rows} rows, fewer than one global batch of {global_batch_size}",
-            hint="lower per_device_train_batch_size or global_batch_size, or give more rows",
-        )
+    require_one_batch(len(row_lengths), global_batch_size)
     if global_batch_size < world_size:
         raise InputError(
             f"global_batch_size {global_batch_size} is smaller than the number of processes {world_size}",
             hint="raise global_batch_size or start fewer processes (--nproc-per-node)",
         )
-    longest = int(row_lengths.max())
-    if longest > token_budget:
-        raise InputError(
-            f"max_tokens_per_micro_batch {token_budget} is below the longest row, {longest} tokens",
-            hint=f"set max_tokens_per_micro_batch to {longest} or more, or lower max_seq_length and prepare again",
-        )
+    require_budget(token_budget, int(row_lengths.max()), "row")
 
-    def heaviest(count: int) -> int:
-        """Tokens of the heaviest micro-batch of the run; stops looking at the first that breaks the budget."""
-        worst = 0
-        for epoch in range(math.ceil(total_steps / steps_per_epoch(num_rows, global_batch_size))):
-            for lengths in _epoch_lengths(row_lengths, seed, epoch, global_batch_size):
-                worst = max(worst, int(fill_bins(lengths, world_size * count)[1].max()))
-                if worst > token_budget:
-                    return worst
-        return worst
+    def blocks() -> Iterator[IntArray]:
+        for rows in rows_of_epochs(len(row_lengths), seed, global_batch_size, total_steps):
+            for start in range(0, len(rows), _STEPS_AT_ONCE):
+                yield row_lengths[rows[start : start + _STEPS_AT_ONCE]].astype(np.int64)
 
     count = max(1, global_batch_size * int(row_lengths.min()) // (token_budget * world_size))
-    while (worst := heaviest(count)) > token_budget:
+    while (worst := heaviest_bin(blocks(), world_size * count, token_budget)) > token_budget:
         count += 1
         if count > global_batch_size // world_size:
             raise InputError(
@@ -165,9 +151,36 @@ def make_plan(
     return BatchPlan(row_lengths, seed, global_batch_size, world_size, count, total_steps)
 
 
-def _epoch_lengths(row_lengths: npt.NDArray[np.int32], seed: int, epoch: int, global_batch_size: int) -> list[IntArray]:
-    """The row lengths of an epoch in blocks of (S, G), the last incomplete batch dropped."""
-    order = epoch_order(len(row_lengths), seed, epoch)
-    usable = steps_per_epoch(len(row_lengths), global_batch_size) * global_batch_size
-    lengths = row_lengths[order[:usable]].astype(np.int64).reshape(-1, global_batch_size)
-    return [lengths[start : start + _STEPS_AT_ONCE] for start in range(0, len(lengths), _STEPS_AT_ONCE)]
+def require_one_batch(num_rows: int, global_batch_size: int) -> None:
+    """Raises InputError: the rows do not fill one global batch."""
+    if num_rows < global_batch_size:
+        raise InputError(
+            f"the data set has {num_rows} rows, fewer than one global batch of {global_batch_size}",
+            hint="lower per_device_train_batch_size or global_batch_size, or give more rows",
+        )
+
+
+def require_budget(token_budget: int, longest: int, piece: str) -> None:
+    """Raises InputError: the longest `piece` (a row, a text) does not fit into a micro-batch."""
+    if longest > token_budget:
+        raise InputError(
+            f"max_tokens_per_micro_batch {token_budget} is below the longest {piece}, {longest} tokens",
+            hint=f"set max_tokens_per_micro_batch to {longest} or more, or lower max_seq_length and prepare again",
+        )
+
+
+def rows_of_epochs(num_rows: int, seed: int, global_batch_size: int, total_steps: int) -> Iterator[IntArray]:
+    """(steps of an epoch, G) the rows of every step, epoch by epoch; the last incomplete batch is dropped."""
+    steps = steps_per_epoch(num_rows, global_batch_size)
+    for epoch in range(math.ceil(total_steps / steps)):
+        yield epoch_order(num_rows, seed, epoch)[: steps * global_batch_size].reshape(steps, global_batch_size)
+
+
+def heaviest_bin(blocks: Iterable[IntArray], num_bins: int, token_budget: int) -> int:
+    """Tokens of the heaviest bin of steps whose lengths come in (S, G) blocks; the first above the budget ends it."""
+    worst = 0
+    for lengths in blocks:
+        worst = max(worst, int(fill_bins(lengths, num_bins)[1].max()))
+        if worst > token_budget:
+            break
+    return worst

@@ -9,15 +9,20 @@ Shapes: S steps, G rows a step, T texts a step (queries, positives, negatives; r
 from __future__ import annotations
 
 import heapq
-import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from anchor_cli.base.errors import InputError
-from anchor_cli.data.batches import BatchPlan, IntArray, epoch_order, fill_bins
+from anchor_cli.data.batches import (
+    BatchPlan,
+    IntArray,
+    heaviest_bin,
+    require_budget,
+    require_one_batch,
+    rows_of_epochs,
+)
 from anchor_cli.data.contrast_rows import ContrastData
-from anchor_cli.spec.schedule import steps_per_epoch
 
 _TEXTS_AT_ONCE = 2**22  # texts whose cut is tried together when the plan is made: bounds memory
 
@@ -36,39 +41,19 @@ def make_text_plan(
     Raises:
         InputError: fewer rows than one global batch, or a budget below the longest text.
     """
-    num_rows = data.pairs.num_rows
-    if num_rows < global_batch_size:
-        raise InputError(
-            f"the data set has {num_rows} rows, fewer than one global batch of {global_batch_size}",
-            hint="lower per_device_train_batch_size or global_batch_size, or give more rows",
-        )
-    if data.longest_text > token_budget:
-        raise InputError(
-            f"max_tokens_per_micro_batch {token_budget} is below the longest text, {data.longest_text} tokens",
-            hint=f"set max_tokens_per_micro_batch to {data.longest_text} or more, or lower max_seq_length and prepare"
-            " again",
-        )
-    steps = [
-        rows
-        for epoch in range(math.ceil(total_steps / steps_per_epoch(num_rows, global_batch_size)))
-        for rows in _epoch_rows(num_rows, seed, epoch, global_batch_size)
-    ]
+    require_one_batch(data.pairs.num_rows, global_batch_size)
+    require_budget(token_budget, data.longest_text, "text")
+    epochs = rows_of_epochs(data.pairs.num_rows, seed, global_batch_size, total_steps)
+    steps = [rows for epoch in epochs for rows in epoch]
     fullest = max(int(data.row_lengths[rows].sum()) for rows in steps)
     count = max(1, -(-fullest // (token_budget * world_size)))
-    while not _fits(data, steps, world_size * count, token_budget):
+    while heaviest_bin(_blocks(data, steps), world_size * count, token_budget) > token_budget:
         count += 1
     return BatchPlan(data.row_lengths.astype(np.int32), seed, global_batch_size, world_size, count, total_steps)
 
 
-def _epoch_rows(num_rows: int, seed: int, epoch: int, global_batch_size: int) -> list[IntArray]:
-    """The rows of every step of an epoch, the last incomplete batch dropped."""
-    order = epoch_order(num_rows, seed, epoch)
-    usable = steps_per_epoch(num_rows, global_batch_size) * global_batch_size
-    return list(order[:usable].reshape(-1, global_batch_size))
-
-
-def _fits(data: ContrastData, steps: list[IntArray], num_bins: int, token_budget: int) -> bool:
-    """Whether no bin of any step holds more than the budget."""
+def _blocks(data: ContrastData, steps: list[IntArray]) -> Iterator[IntArray]:
+    """(S, T) text lengths of every step, `_TEXTS_AT_ONCE` or a step at a time; texts of no tokens change no bin."""
     begin = 0
     while begin < len(steps):
         lengths: list[IntArray] = []
@@ -76,13 +61,11 @@ def _fits(data: ContrastData, steps: list[IntArray], num_bins: int, token_budget
         while end < len(steps) and (end == begin or (end - begin + 1) * max(map(len, lengths)) <= _TEXTS_AT_ONCE):
             lengths.append(data.text_lengths(steps[end])[0])
             end += 1
-        padded = np.zeros((len(lengths), max(map(len, lengths))), dtype=np.int64)  # texts of no tokens change no bin
+        padded = np.zeros((len(lengths), max(map(len, lengths))), dtype=np.int64)
         for row, texts in zip(padded, lengths, strict=True):
             row[: len(texts)] = texts
-        if int(fill_bins(padded, num_bins)[1].max()) > token_budget:
-            return False
+        yield padded
         begin = end
-    return True
 
 
 def cut_step(lengths: IntArray, world_size: int, num_micro_batches: int) -> list[list[IntArray]]:

@@ -1,5 +1,6 @@
 """The whole path on a laptop CPU: make a world, prepare it, train on it, evaluate before and after, export.
 
+On request with Stage II: hard negatives are mined with the checkpoint of Stage I, which then trains contrastively.
 Nothing here is special to the demo but its data and its small model: training is `anchor train` itself, and the other
 steps are the code that the command of the same name runs.
 """
@@ -30,10 +31,13 @@ from anchor_cli.demo.world import make_world, vocabulary, write_world
 from anchor_cli.evaluate.embedder import load_embedder
 from anchor_cli.evaluate.evaluate import evaluate
 from anchor_cli.export.export import export as export_checkpoint
+from anchor_cli.mine.run import Mining, finish, mine_rank
+from anchor_cli.mine.select import Rules
 from anchor_cli.spec.spec import RunSpec
 
 MARKER = "demo.json"  # a folder that holds it was made by a demo and may be made again
 INSTRUCTIONS = {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}
+NUM_NEGATIVES = 4  # of a row of Stage II at most
 METRICS = ("ndcg@10", "mrr@10")
 
 
@@ -53,6 +57,21 @@ class Recipe:
     intermediate_size: int = 256
     initializer_range: float = 0.1
 
+    @property
+    def stage_two_steps(self) -> int:
+        """60 for the 700 of Stage I, and in proportion."""
+        return max(1, round(self.steps * 60 / 700))
+
+
+@dataclass(frozen=True)
+class StageTwo:
+    """What Stage II of a demo did."""
+
+    checkpoint: Path
+    after: dict[str, Any]
+    rows: int
+    negatives: int
+
 
 @dataclass
 class Outcome:
@@ -65,6 +84,7 @@ class Outcome:
     before: dict[str, Any]
     after: dict[str, Any]
     export: Path | None = None
+    stage_two: StageTwo | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -75,6 +95,7 @@ class Outcome:
         return sum(1 / log2(1 + rank) for rank in range(1, 11)) / self.recipe.num_documents
 
     def as_dict(self) -> dict[str, Any]:
+        stage_two = asdict(self.stage_two) | {"checkpoint": str(self.stage_two.checkpoint)} if self.stage_two else None
         return {
             "recipe": asdict(self.recipe),
             "folder": str(self.folder),
@@ -83,12 +104,13 @@ class Outcome:
             "chance": {"ndcg@10": self.chance},
             "before": self.before,
             "after": self.after,
+            **({"stage2": stage_two} if stage_two else {}),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
         }
 
 
-def run_demo(folder: Path, recipe: Recipe, *, export: bool = True) -> Outcome:
-    """Run the demo in `folder`: world/, model/, prepared/, spec.json, run/, export/.
+def run_demo(folder: Path, recipe: Recipe, *, stage_two: bool = False, export: bool = True) -> Outcome:
+    """Run the demo in `folder`: world/, model/, prepared/, spec.json, run/; mined/, stage2.json, stage2/; export/.
 
     Raises:
         InputError: the folder holds something that is not an earlier demo.
@@ -96,19 +118,10 @@ def run_demo(folder: Path, recipe: Recipe, *, export: bool = True) -> Outcome:
     _clear(folder)
     seconds: dict[str, float] = {}
     with _timed(seconds, "world", "making a world of facts, a tokenizer and a small random Qwen3"):
-        train_file, beir_folders = write_world(make_world(recipe.seed, recipe.num_documents), folder / "world")
-        make_model(folder / "model", recipe)
+        train_file, beir_folders = make_inputs(folder, recipe)
     with _timed(seconds, "prepare", "preparing the training pairs"):
-        prepare(
-            [str(train_file)],
-            folder / "prepared",
-            tokenizer=folder / "model",
-            max_seq_length=recipe.max_seq_length,
-            options=Options(query_column="anchor", document_column="positive", language_column="language"),
-            instructions=INSTRUCTIONS,
-            training_instructions=INSTRUCTIONS,
-        )
-    spec = write_spec(folder, recipe, beir_folders)
+        prepare_pairs(folder, train_file, recipe.max_seq_length)
+    spec = write_spec(folder / "spec.json", stage_one_keys(folder, recipe, beir_folders))
     with _timed(seconds, "evaluate_before", "evaluating the untrained model on held-out questions"):
         before = measure(folder / "model", beir_folders)
     with _timed(seconds, "train", f"training {recipe.steps} steps of {recipe.pairs_per_step} pairs"):
@@ -116,12 +129,33 @@ def run_demo(folder: Path, recipe: Recipe, *, export: bool = True) -> Outcome:
     checkpoint = spec.run_folder / f"checkpoint-{recipe.steps}"
     with _timed(seconds, "evaluate_after", "evaluating the trained model on the same questions"):
         after = measure(checkpoint, beir_folders)
-    outcome = Outcome(recipe, folder, checkpoint, [str(path) for path in beir_folders], before, after, None, seconds)
+    outcome = Outcome(recipe, folder, checkpoint, [str(path) for path in beir_folders], before, after, seconds=seconds)
+    if stage_two:
+        outcome.stage_two = run_stage_two(outcome, beir_folders)
     if export:
-        with _timed(seconds, "export", "exporting for Stage II"):
-            outcome.export = export_checkpoint(checkpoint, out=folder / "export").folder
+        last = outcome.stage_two.checkpoint if outcome.stage_two else checkpoint
+        with _timed(seconds, "export", "exporting Stage II" if stage_two else "exporting for Stage II"):
+            outcome.export = export_checkpoint(last, out=folder / "export").folder
     write_json(folder / MARKER, outcome.as_dict())
     return outcome
+
+
+def run_stage_two(outcome: Outcome, beir_folders: list[Path]) -> StageTwo:
+    """Mine hard negatives with the checkpoint of Stage I and train on them, from that checkpoint."""
+    folder, recipe, seconds = outcome.folder, outcome.recipe, outcome.seconds
+    with _timed(seconds, "mine", "mining hard negatives with the trained model"):
+        rules = Rules(num_negatives=NUM_NEGATIVES, relative_margin=0.0, seed=recipe.seed)
+        mining = Mining(folder / "prepared", outcome.checkpoint, folder / "mined", rules)
+        mined = finish(mining, *mine_rank(mining, 0, 1, 0))
+    spec = write_spec(folder / "stage2.json", stage_two_keys(outcome, beir_folders))
+    steps = recipe.stage_two_steps
+    doing = f"Stage II: {steps} steps of {recipe.pairs_per_step} rows of up to {2 + NUM_NEGATIVES} texts"
+    with _timed(seconds, "train_stage2", doing):
+        train(folder / "stage2.json")
+    checkpoint = spec.run_folder / f"checkpoint-{steps}"
+    with _timed(seconds, "evaluate_stage2", "evaluating it on the same questions"):
+        after = measure(checkpoint, beir_folders)
+    return StageTwo(checkpoint, after, mined["rows"], mined["negatives"])
 
 
 @contextmanager
@@ -173,9 +207,29 @@ def make_model(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None = None)
     write_small_tokenizer(tokenizer, folder)
 
 
-def write_spec(folder: Path, recipe: Recipe, beir_folders: list[Path]) -> RunSpec:
-    """`spec.json` of the demo's training run, and the spec."""
-    keys: dict[str, Any] = {
+def make_inputs(folder: Path, recipe: Recipe) -> tuple[Path, list[Path]]:
+    """world/ and model/ of a seed: the file of training pairs, and the benchmarks."""
+    inputs = write_world(make_world(recipe.seed, recipe.num_documents), folder / "world")
+    make_model(folder / "model", recipe)
+    return inputs
+
+
+def prepare_pairs(folder: Path, train_file: Path, max_seq_length: int) -> None:
+    """prepared/: the training pairs, each with the instruction of its language."""
+    prepare(
+        [str(train_file)],
+        folder / "prepared",
+        tokenizer=folder / "model",
+        max_seq_length=max_seq_length,
+        options=Options(query_column="anchor", document_column="positive", language_column="language"),
+        instructions=INSTRUCTIONS,
+        training_instructions=INSTRUCTIONS,
+    )
+
+
+def stage_one_keys(folder: Path, recipe: Recipe, beir_folders: list[Path]) -> dict[str, Any]:
+    """The spec of the demo's training run."""
+    return {
         "model_name_or_path": str((folder / "model").absolute()),
         "dataset_name": "demo",
         "dataset_file_path": str((folder / "prepared").absolute()),
@@ -196,16 +250,38 @@ def write_spec(folder: Path, recipe: Recipe, beir_folders: list[Path]) -> RunSpe
         "eval_steps": 0.2,
         "eval_data": [str(path.absolute()) for path in beir_folders],
     }
-    write_json(folder / "spec.json", keys)
+
+
+def stage_two_keys(outcome: Outcome, beir_folders: list[Path]) -> dict[str, Any]:
+    """The spec of its Stage II: InfoNCE on the mined rows."""
+    folder, recipe = outcome.folder, outcome.recipe
+    keys = stage_one_keys(folder, recipe, beir_folders)
+    del keys["reconstruction_targets"]
+    return keys | {
+        "stage": "II",
+        "model_name_or_path": str(outcome.checkpoint.absolute()),
+        "dataset_file_path": str((folder / "mined").absolute()),
+        "experiment_id": "stage2",
+        "temperature": 0.05,
+        "learning_rate": 1e-3,
+        "warmup_steps": max(1, recipe.stage_two_steps // 10),
+        "max_steps": recipe.stage_two_steps,
+        "eval_steps": 0.5,
+    }
+
+
+def write_spec(path: Path, keys: dict[str, Any]) -> RunSpec:
+    """The keys as a spec file, and the spec."""
+    write_json(path, keys)
     return RunSpec.model_validate(keys)
 
 
 def train(spec_path: Path) -> None:
-    """`anchor train SPEC` on the CPU, in a process of its own; its words go to this terminal.
+    """`anchor train SPEC` on the CPU, in a process of its own; its output goes to this terminal.
 
     Raises:
         Stopped: a signal came, and it saved.
-        RunError: it failed; it has said why.
+        RunError: it failed; its message is on the terminal.
     """
     command = [sys.executable, "-m", "anchor_cli", "train", str(spec_path), "--nproc-per-node", "1"]
     code = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False).returncode

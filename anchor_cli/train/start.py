@@ -143,7 +143,13 @@ def build_run(
     global_batch = state.get("global_batch_size", spec.global_batch(ranks.world_size))
     budget = budget_of(spec, objective, global_batch, ranks, raw, kernel, liger=fusing[1])
     total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
-    plan = objective.plan(global_batch, budget.tokens, total)
+    plan = objective.plan(
+        seed=spec.seed,
+        global_batch_size=global_batch,
+        world_size=ranks.world_size,
+        token_budget=budget.tokens,
+        total_steps=total,
+    )
     watchdog.phase("start-up (model)", None)
     language_model = load_backbone(
         checkpoint or spec.model_name_or_path,

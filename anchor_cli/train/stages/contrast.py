@@ -2,12 +2,13 @@
 
 The loss is a function of all embeddings of a step in the step's order, so (GradCache, arXiv 2101.06983):
 
-    encode     every different text of the step once, micro-batch by micro-batch, without gradient
+    encode     every different text of the step once, micro-batch by micro-batch; the first keeps its graph
     gather     all embeddings on every rank, in the step's order
     loss       every rank computes the whole loss and dL/de of every text, in float32
-    train      micro-batch by micro-batch again: encode with gradient, backward of sum_t <e_t, dL/de_t>
+    train      micro-batch by micro-batch: encode again with gradient, backward of sum_t <e_t, dL/de_t>
 
-With one micro-batch a rank the first encoding has the graph already, and nothing is encoded twice.
+The first micro-batch of a rank has its graph already: memory holds one graph at a time in either phase. So with one
+micro-batch a rank nothing is encoded twice.
 """
 
 from __future__ import annotations
@@ -82,15 +83,8 @@ class Contrast:
     def loss_bytes(self, global_batch_size: int, dimension: int) -> float:
         return loss_bytes(round(global_batch_size * (2 + float(self._data.counts.mean()))), dimension)
 
-    def plan(self, global_batch_size: int, token_budget: int, total_steps: int) -> BatchPlan:
-        return make_text_plan(
-            self._data,
-            seed=self._spec.seed,
-            global_batch_size=global_batch_size,
-            world_size=self._ranks.world_size,
-            token_budget=token_budget,
-            total_steps=total_steps,
-        )
+    def plan(self, **keys: int) -> BatchPlan:
+        return make_text_plan(self._data, **keys)
 
     def module(self, language_model: PreTrainedModel, kernel: str, pooling_mode: str) -> PackedEncoder:
         refuse_dropout(language_model.config, self._spec.model_name_or_path)
@@ -170,22 +164,19 @@ def contrast_step(
     """
     undo = begin_update(engine, learning_rate)
     batches = [batch.to(ranks.device) for batch in ready.micro_batches]
-    encodings: list[torch.Tensor] = []
-    if len(batches) == 1:
-        encodings.append(engine(batches[0]))
-    else:
-        with torch.no_grad():
-            encodings += [engine.module(batch) for batch in batches]
-    own = torch.cat([e.detach()[: len(m)] for e, m in zip(encodings, ready.members, strict=True)])
+    with_graph = engine(batches[0])
+    with torch.no_grad():
+        encodings = [with_graph.detach(), *(engine.module(batch) for batch in batches[1:])]
+    own = torch.cat([e[: len(m)] for e, m in zip(encodings, ready.members, strict=True)])
     embeddings = gather_texts(own, ready.shares, ranks)
     guided = guide.encode(ready.texts) if guide else None
     loss, gradients, counts = loss_of_texts(embeddings, ready.texts, settings, guided)
-    for index, (batch, members) in enumerate(zip(batches, ready.members, strict=True)):
-        encoded = encodings[0] if len(batches) == 1 else engine(batch)
+    for index, members in enumerate(ready.members):
+        if index > 0:
+            with_graph = engine(batches[index])
         weights = gradients[torch.from_numpy(members).to(ranks.device)]
-        engine.backward((encoded[: len(members)].to(weights.dtype) * weights).sum() * undo)
+        engine.backward((with_graph[: len(members)].to(weights.dtype) * weights).sum() * undo)
         engine.step()
-        encodings[index] = torch.empty(0)
     finish_update(engine)
     return ContrastResult(loss, counts)
 

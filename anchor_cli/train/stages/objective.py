@@ -24,8 +24,8 @@ class Objective(Protocol):
     def loss_bytes(self, global_batch_size: int, dimension: int) -> float:
         """Device memory of a step's loss beside the activations and the output layer of a micro-batch."""
 
-    def plan(self, global_batch_size: int, token_budget: int, total_steps: int) -> BatchPlan:
-        """Which rows make a step, and of how many micro-batches."""
+    def plan(self, **keys: int) -> BatchPlan:
+        """Which rows make a step, and of how many micro-batches; the keywords of `data.batches.make_plan`."""
 
     def module(self, language_model: PreTrainedModel, kernel: str, pooling_mode: str) -> PackedEncoder:
         """The model that DeepSpeed trains."""

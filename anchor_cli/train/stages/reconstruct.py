@@ -42,15 +42,8 @@ class Reconstruction:
     def loss_bytes(self, global_batch_size: int, dimension: int) -> float:
         return 0.0
 
-    def plan(self, global_batch_size: int, token_budget: int, total_steps: int) -> BatchPlan:
-        return make_plan(
-            self._row_lengths,
-            seed=self._spec.seed,
-            global_batch_size=global_batch_size,
-            world_size=self._ranks.world_size,
-            token_budget=token_budget,
-            total_steps=total_steps,
-        )
+    def plan(self, **keys: int) -> BatchPlan:
+        return make_plan(self._row_lengths, **keys)
 
     def module(self, language_model: PreTrainedModel, kernel: str, pooling_mode: str) -> ReconstructionModel:
         return ReconstructionModel(language_model, kernel=kernel, pooling_mode=pooling_mode)
