@@ -23,11 +23,11 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 def curve(runs: list[Run], start: str, stage: str) -> dict[int, list[float]]:
     """nDCG@10 of every seed by step."""
-    found: dict[int, list[float]] = {}
+    by_step: dict[int, list[float]] = {}
     for run in runs:
         for point in run["curves"][start][stage]:
-            found.setdefault(point["step"], []).append(point["ndcg"])
-    return found
+            by_step.setdefault(point["step"], []).append(point["ndcg"])
+    return by_step
 
 
 def summarise(runs: list[Run]) -> Run:

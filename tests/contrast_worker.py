@@ -127,7 +127,7 @@ def main() -> None:
     pairs, contract = PreparedPairs.open(data), read_contract(data)
     rows = [json.loads(line) for line in (data.parent / "rows.jsonl").read_text().splitlines()]
     longest = ContrastData(pairs).longest_text
-    found = []
+    cuts = []
     for name, keys in KEYS.items():
         judge = guide if "guide" in name else None
         for temperature in (0.05, 0.01) if whole else (0.05 if name == "plain" else 0.01,):
@@ -142,9 +142,9 @@ def main() -> None:
                     result, got, count = update_with(objective, model, spec, stage, budget, ranks)
                     facts = {"keys": name, "temperature": temperature, "stage": stage, "micro_batches": count}
                     facts |= {"loss": float(result.loss), "want": want_loss, **result.counts.metrics()}
-                    found.append({**facts, "gradient": distance(got, want)})
+                    cuts.append({**facts, "gradient": distance(got, want)})
     if ranks.rank == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(cuts))
     torch.distributed.destroy_process_group()
 
 

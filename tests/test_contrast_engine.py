@@ -67,17 +67,17 @@ def test_every_cut_gives_the_gradient_of_one_plain_backward(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
     worker = [str(REPOSITORY / "tests/contrast_worker.py"), str(small_model), str(guide), str(prepared_triples)]
     done = subprocess.run(
-        [*command, *worker, str(tmp_path / "found.json"), extent],
+        [*command, *worker, str(tmp_path / "cuts.json"), extent],
         env=environment,
         capture_output=True,
         text=True,
         timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) == (54 if extent == "whole" else 15)
-    assert {one["micro_batches"] for one in found} >= {1} and len({one["micro_batches"] for one in found}) == 3
-    for one in found:
+    cuts = json.loads((tmp_path / "found.json").read_text())
+    assert len(cuts) == (54 if extent == "whole" else 15)
+    assert {one["micro_batches"] for one in cuts} >= {1} and len({one["micro_batches"] for one in cuts}) == 3
+    for one in cuts:
         assert one["loss"] == pytest.approx(one["want"], rel=1e-5), one
         assert one["gradient"] < 1e-5, one
         if one["keys"] != "plain":

@@ -100,14 +100,18 @@ def test_a_step_can_be_replayed(whole: Path, capsys: pytest.CaptureFixture[str])
     command = [sys.executable, "-m", "anchor_cli", "replay", str(whole), "--step", "3", "--json"]
     done = subprocess.run(command, env=environment(whole / "home"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    replayed = json.loads(done.stdout)
     want = next(line[names.LOSS] for line in metrics(whole) if line["step"] == 4)
-    assert found["finite"] and len(found["micro_batches"]) > 1
-    assert all(one["loss"] == pytest.approx(want, rel=1e-6) for one in found["micro_batches"])
+    assert replayed["finite"] and len(replayed["micro_batches"]) > 1
+    assert all(one["loss"] == pytest.approx(want, rel=1e-6) for one in replayed["micro_batches"])
 
 
-def test_the_export_says_stage_2_and_which_dimensions_work_alone(whole: Path, tmp_path: Path) -> None:
+def test_the_export_says_stage_2_and_which_dimensions_work_alone(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert anchor(["export", str(whole / "checkpoint-8"), "--stage2", "--out", str(tmp_path / "export")]) == 0
+    printed = capsys.readouterr().err
+    assert f"next: anchor eval {tmp_path / 'export'}" in printed and "next: Stage II" not in printed
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "after contrastive training (Stage II)" in card and "start of contrastive training" not in card
     assert "first 32, 16 numbers work alone" in card and "| temperature | 0.05 |" in card
@@ -118,8 +122,8 @@ def test_scores_of_a_teacher_are_needed_for_distillation(
 ) -> None:
     (folder / "bare.jsonl").write_text((folder / "pairs.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     spec = spec_of(folder, small_model, "kd", kd_weight=1.0, dataset_file_path=str(folder / "bare.jsonl"))
-    code, said = fork_server().run(["train", str(spec)], folder)
-    assert code == 2 and "has no teacher scores to learn from" in said
+    code, printed = fork_server().run(["train", str(spec)], folder)
+    assert code == 2 and "has no teacher scores to learn from" in printed
 
 
 @pytest.mark.slow

@@ -71,6 +71,9 @@ def export(
     if push_to_hub is not None:
         document["hub"] = push(done.folder, push_to_hub, private=not public)
         say(f"pushed to {document['hub']} ({'public' if public else 'private'})")
-    say(f"next: Stage II from {done.folder / 'stage_II.json'}, or anchor eval {done.folder}")
+    if done.stage == "II":
+        say(f"next: anchor eval {done.folder}; {done.folder / 'stage_II.json'} is for training it further")
+    else:
+        say(f"next: Stage II from {done.folder / 'stage_II.json'}, or anchor eval {done.folder}")
     if as_json:
         print_json(document)

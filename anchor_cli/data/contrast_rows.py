@@ -113,12 +113,12 @@ class ContrastData:
         queries, documents, keys, scores = [], [], [], []
 
         def number(text: Int32Array, start: int, row: int, place: int) -> int:
-            found = unique.setdefault(text.tobytes(), len(ids))
-            if found == len(ids):
+            index = unique.setdefault(text.tobytes(), len(ids))
+            if index == len(ids):
                 ids.append(text)
                 starts.append(start)
                 places.append((row, place))
-            return found
+            return index
 
         query_ids, positive_ids = self.pairs.tokens(rows)
         _, document_keys = self._keys

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from anchor_cli.base.console import say
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
@@ -87,6 +88,18 @@ def prepare_raw(spec: RunSpec) -> Path:
     return folder
 
 
+def prepare_keys(contract: TextContract, tokenizer: str | Path) -> dict[str, Any]:
+    """The keywords of `prepare` that make texts as a contract says, on all cores."""
+    return {
+        "tokenizer": tokenizer,
+        "max_seq_length": contract.max_seq_length,
+        "text_template": contract.text_template,
+        "instructions": contract.instructions,
+        "training_instructions": contract.training_instructions,
+        "num_proc": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+    }
+
+
 def _prepare(spec: RunSpec, contract: TextContract, folder: Path) -> None:
     from anchor_cli.data.prepare.prepare import Options, prepare
 
@@ -95,12 +108,7 @@ def _prepare(spec: RunSpec, contract: TextContract, folder: Path) -> None:
         prepare(
             [str(spec.dataset_file_path)],
             folder,
-            tokenizer=spec.model_name_or_path,
-            max_seq_length=contract.max_seq_length,
-            text_template=contract.text_template,
-            instructions=contract.instructions,
-            training_instructions=contract.training_instructions,
-            num_proc=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+            **prepare_keys(contract, spec.model_name_or_path),
             options=Options(negatives=spec.stage == "II"),
         )
     except InputError:

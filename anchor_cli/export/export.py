@@ -48,6 +48,8 @@ class Export:
     checkpoint: Path
     dtype: str
     parity: dict[str, Any]
+    stage: str = "I"
+    """The stage of the run that the checkpoint is from."""
 
     def as_dict(self) -> dict[str, Any]:
         """The `--json` document."""
@@ -112,7 +114,7 @@ def export(
         _write_card(checkpoint, folder, name or final.name, contract, dimension, state, parity)
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
-    return Export(final, checkpoint, chosen, parity)
+    return Export(final, checkpoint, chosen, parity, state.get("spec", {}).get("stage", "I"))
 
 
 def _check_source(checkpoint: Path) -> None:

@@ -26,6 +26,7 @@ from anchor_cli.data.documents import read_documents
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.text import load_tokenizer
+from anchor_cli.data.training_set import prepare_keys
 from anchor_cli.evaluate.embedder import contract_of, load_embedder
 from anchor_cli.mine import mine
 from anchor_cli.mine.corpus import Corpus, corpus_of
@@ -77,7 +78,7 @@ def prepare_raw_pairs(mining: Mining) -> None:
     say(f"{mining.pairs}: raw pairs; preparing them first")
     contract = contract_of(mining.model, load_tokenizer(mining.model))
     _prepared(mining).parent.mkdir(parents=True, exist_ok=True)
-    prepare([str(mining.pairs)], _prepared(mining), **_contract_options(contract, mining.model))
+    prepare([str(mining.pairs)], _prepared(mining), **prepare_keys(contract, mining.model))
 
 
 def open_pairs(mining: Mining) -> PreparedPairs:
@@ -187,7 +188,7 @@ def finish(mining: Mining, store: Store, corpus: Corpus) -> dict[str, Any]:
         separator_as_text=not corpus.pairs.has_records,
         reported=None,
     )
-    prepare([str(rows)], staged, **_contract_options(corpus.pairs.contract, mining.model), options=options)
+    prepare([str(rows)], staged, **prepare_keys(corpus.pairs.contract, mining.model), options=options)
     rows.unlink()
     summary = summary_of(mining, mined, corpus)
     write_json(staged / SUMMARY, summary)
@@ -198,17 +199,6 @@ def finish(mining: Mining, store: Store, corpus: Corpus) -> dict[str, Any]:
         for folder in (mining.store, _prepared(mining)):
             shutil.rmtree(folder, ignore_errors=True)
     return summary
-
-
-def _contract_options(contract: TextContract, model: Path) -> dict[str, Any]:
-    return {
-        "tokenizer": model,
-        "max_seq_length": contract.max_seq_length,
-        "text_template": contract.text_template,
-        "instructions": contract.instructions,
-        "training_instructions": contract.training_instructions,
-        "num_proc": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-    }
 
 
 def _write_rows(path: Path, mined: mine.MinedRows, corpus: Corpus) -> None:

@@ -149,13 +149,13 @@ def contrastive_loss(
             i, c = chunk.rows, chunk.documents
             s = q[i] @ d[c].T  # (B, C)
             g = s if guides is None else guides[0][i] @ guides[1][c].T
-            loss, ds, found = _chunk_loss(s, g, chunk, settings)
+            loss, ds, sums = _chunk_loss(s, g, chunk, settings)
             total += share * loss / rows.num_rows
             ds *= share / rows.num_rows
             dq[i] += ds @ d[c]
             dd[c] += ds.T @ q[i]
             if m == widest:
-                counts += found
+                counts += sums
         gradients[0][:, :m] += _through_normalisation(dq, q, queries[:, :m])
         gradients[1][:, :m] += _through_normalisation(dd, d, documents[:, :m])
     if settings.kd_weight:
@@ -269,7 +269,7 @@ def _sums(
     hard, in_batch = chunk.own & ~chunk.is_positive, chunk.candidate & ~chunk.own
     best_other = s.masked_fill(~others, float("-inf")).amax(dim=1, keepdim=True)
     rows = torch.tensor(float(len(s)), device=s.device)
-    found = (
+    sums = (
         rows,
         (s_ip >= best_other).sum(),
         s_ip.sum(dtype=torch.float64),
@@ -282,7 +282,7 @@ def _sums(
         dropped.sum(),
         near.sum(),
     )
-    return torch.stack([value.double() for value in found])
+    return torch.stack([value.double() for value in sums])
 
 
 def _distil(

@@ -111,10 +111,10 @@ class Contrast:
         return loss_of_texts(embeddings, texts, self.settings, guide)
 
     def metrics(self, result: ContrastResult, step: ContrastBatches) -> dict[str, float]:
-        found = result.counts.metrics()
+        values = result.counts.metrics()
         if self._ranks.rank == 0 and self.settings.margin_strategy is not None:
-            self._warn_of_margin(found["dropped_by_margin_share"])
-        named = {f"{names.TRAIN_PREFIX}{key}": value for key, value in found.items()}
+            self._warn_of_margin(values["dropped_by_margin_share"])
+        named = {f"{names.TRAIN_PREFIX}{key}": value for key, value in values.items()}
         return {names.LOSS: float(result.loss), **named, names.TEMPERATURE: self.settings.temperature}
 
     def _warn_of_margin(self, share: float) -> None:
