@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from anchor_cli.base.console import progress, say, warn
-from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
+from anchor_cli.base.contract import FILE_NAME, read_contract
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.base.files import fsync_tree, write_json
 from anchor_cli.data.documents import read_documents
