@@ -350,6 +350,7 @@ def test_the_command_prints_a_table_or_json(
         (["rows.jsonl", "--out", "out", "--weights", "a,b"], "--weights a,b: expected numbers"),
         (["rows.jsonl", "--out", "out", "--exclude", "nowhere"], "nowhere"),
         (["rows.jsonl", "--out", "out", "--tokenizer", "/nowhere"], "/nowhere: not found"),
+        (["row.jsonl", "--out", "out", "--tokenizer", "/nowhere"], "row.jsonl: no such file"),
         (["rows.jsonl", "--out", "out", "--text-template", "{text}!"], "is not one special token"),
         (["nanobeir", "rows.jsonl", "--out", "out"], "stands alone"),
         (["rows.jsonl"], "Missing option '--out'"),

@@ -202,7 +202,7 @@ def _health_panel(runs: Sequence[RunRecord]) -> Panel | None:
         ]
     limit = names.COLLAPSED_FROM[names.MEAN_COSINE]
     return _panel(
-        runs, lines, "Embedding health", "임베딩 건강", "mean cosine of two documents", "health",
+        runs, lines, "Embedding health", "임베딩 상태", "mean cosine of two documents", "health",
         reference=(limit, f"collapsed above {limit:g}"),
     )  # fmt: skip
 

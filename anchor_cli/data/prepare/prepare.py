@@ -38,7 +38,7 @@ from anchor_cli.data.prepare.summary import PrepareSummary
 from anchor_cli.data.prepare.work import EvenSample, Task, Work
 from anchor_cli.data.prepare.workers import in_order
 from anchor_cli.data.sources.files import Limits
-from anchor_cli.data.sources.sources import Source, SourceOptions, check_split_options, open_source
+from anchor_cli.data.sources.sources import Source, SourceOptions, check_split_options, open_source, require_there
 from anchor_cli.data.text import TextEncoder, contract_with, load_tokenizer
 
 _SMALL_ROWS, _SMALL_BYTES = 3000, 1 << 20  # less is done before another process has started
@@ -95,6 +95,7 @@ def prepare(
     """
     options, out, started = options or Options(), Path(out), time.monotonic()
     _clear_unfinished(out)
+    require_there(sources)
     contract = _contract(
         load_tokenizer(tokenizer),
         max_seq_length=max_seq_length,

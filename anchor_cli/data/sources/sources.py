@@ -158,6 +158,13 @@ def open_source(spec: str, options: SourceOptions) -> Source:
     return Source(spec, files, fingerprint, rows_hint, sum(path.stat().st_size for path in paths))
 
 
+def require_there(specs: Sequence[str]) -> None:
+    """Refuse a missing file before anything is fetched for it. Raises InputError."""
+    for spec in specs:
+        if hub_set(spec) is None and not Path(spec).expanduser().is_dir():
+            matching_files(spec)
+
+
 def _columns_of(path: Path, names: Sequence[str], options: SourceOptions) -> Columns:
     """`choose_columns` of a file. Raises InputError; for JSON that holds its rows elsewhere it says where."""
     objects = first_objects(path, 2) if format_of(path) in ("json", "jsonl") else []
