@@ -6,6 +6,7 @@ The folder appears under its name by one rename, when it is whole: prepared rows
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -109,13 +110,13 @@ def corpus_texts(names: Sequence[str]) -> list[str]:
     return [text for name in names for text in read_documents(name).values()]
 
 
-def identity_of(mining: Mining, pairs: PreparedPairs) -> dict[str, Any]:
+def identity_of(mining: Mining, corpus: Corpus) -> dict[str, Any]:
     """What the embeddings depend on."""
     files = sorted(path for path in mining.model.iterdir() if path.suffix in (".safetensors", ".json"))
     return {
-        "pairs": pairs.fingerprint,
+        "pairs": corpus.pairs.fingerprint,
         "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        "corpus": [len(mining.further), sum(map(len, mining.further))],
+        "documents": hashlib.blake2b(corpus.document_keys.tobytes(), digest_size=16).hexdigest(),
         "batch_tokens": mining.batch_tokens,
     }
 
@@ -127,7 +128,7 @@ def mine_rank(mining: Mining, rank: int, world_size: int, local_rank: int) -> tu
     embedder = load_embedder(mining.model, batch_tokens=mining.batch_tokens, device=device, prepared=pairs.contract)
     scorer = None if mining.cross_encoder is None else load_cross_encoder(mining.cross_encoder, device)
     corpus = corpus_of(pairs, mining.further)
-    plan = mine.plan_of(identity_of(mining, pairs), mining.rules, mining.cross_encoder)
+    plan = mine.plan_of(identity_of(mining, corpus), mining.rules, mining.cross_encoder)
     if rank == 0:
         _warn_of_another_template(mining.model, pairs)
         store = mine.begin(mining.store, plan)

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anchor_cli.base import metric_names as names
-from anchor_cli.base.console import warn
+from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import TextContract
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.batches import BatchPlan
@@ -76,6 +76,8 @@ class Contrast:
                 f"kd_weight {spec.kd_weight:g}: {pairs.folder} has no teacher scores to learn from",
                 "prepare rows with a column scores, or mined ones, or set kd_weight to 0",
             )
+        if spec.kd_weight and ranks.rank == 0:
+            say(f"distilling from {', '.join(self._data.scores_from)}")
         self.longest = self._data.longest_text
         self._guide: Guide | None = None
         self._warned: set[str] = set()
