@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from anchor_cli.mine.search import GROUP, SLACK, error_bound, nearest, nearest_of_block
+from anchor_cli.mine.search import GROUP, QUERIES_A_BLOCK, SLACK, error_bound, nearest, nearest_of_block
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -59,11 +59,11 @@ def test_more_ties_than_candidates_are_searched_again() -> None:
 def test_fewer_documents_than_wanted_zero_rows_and_many_blocks_of_queries() -> None:
     documents = vectors(9, 6, 4)
     documents[2] = 0
-    queries = vectors(10, 1100, 4)
+    queries = vectors(10, 2 * QUERIES_A_BLOCK + 76, 4)
     queries[3] = 0
     want, scores = brute_force(queries, documents, 10)
     got = list(nearest(queries, documents, 10))
-    assert [len(block.documents) for block in got] == [512, 512, 76]
+    assert [len(block.documents) for block in got] == [QUERIES_A_BLOCK, QUERIES_A_BLOCK, 76]
     assert (np.concatenate([block.documents for block in got]) == want).all()
     assert np.array_equal(np.concatenate([block.scores for block in got]), scores)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from anchor_cli.evaluate.embedder import Embedder
 
 TEXTS_A_CHUNK = 4096
-QUERIES_A_CHUNK = 4 * QUERIES_A_BLOCK
+QUERIES_A_CHUNK = QUERIES_A_BLOCK
 PLAN = "plan.json"
 CROSS_ENCODER = "cross_encoder"
 

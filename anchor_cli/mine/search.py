@@ -23,8 +23,8 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
-QUERIES_A_BLOCK = 512
-DOCUMENTS_A_BLOCK = 16384
+QUERIES_A_BLOCK = 2048  # documents are brought to unit length once for so many queries
+DOCUMENTS_A_BLOCK = 8192
 GROUP = 64  # documents whose scores are first looked at through their maximum
 SLACK = 32  # candidates kept beyond k in the float32 pass
 
