@@ -1,13 +1,14 @@
 """`anchor mine` at scale: memory, growth with the rows, and its search beside faiss's, on synthetic vectors.
 
     python benchmarks/mine_scale.py whole  [--rows 1000000] [--dimension 64] [--minutes 60] [--store DIR]
-    python benchmarks/mine_scale.py growth [--rows 25000 50000 100000]
+    python benchmarks/mine_scale.py growth [--rows 25000 50000 100000 200000 400000] [--queries 4096]
     python benchmarks/mine_scale.py faiss  --faiss-python PYTHON [--rows 100000] [--queries 2048] [--dimension 64 1024]
 
 `whole` runs everything of `anchor mine` but the model and the tokenizer: numbering the texts, vectors into the store,
 exact search, rules, the mined rows. Each stage prints its seconds and the process's peak so far (VmHWM: mapped files
 count, too). It stops after `--minutes`, and the same command goes on where it stopped; `--queries` ends it early.
-`growth` does the same in a process of its own for each number of rows; its exponent is that of the search's CPU time.
+`growth` does the same in a process of its own for each number of rows, with some of the queries: CPU time for all of
+them is that a query times the rows.
 `faiss` times `IndexFlatIP` (faiss-cpu in another environment's PYTHON) and our search in turns: same unit vectors, same
 number of threads, and the ids compared; where they differ, the float64 cosines say whose order is right.
 """
@@ -164,14 +165,18 @@ def growth(args: argparse.Namespace) -> None:
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, __file__, "whole", "--rows", str(rows), "--store", f"{scratch}/store"]
-            command += ["--dimension", str(args.dimension[0]), "--minutes", "600"]
+            command += ["--dimension", str(args.dimension[0]), "--queries", str(args.queries or 4096)]
             one = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+        one["all_s"] = one["search_cpu_s"] * rows / one["queries_now"]
         found.append(one)
         peak = max(value for name, value in one.items() if name.endswith("_gb"))
-        print(f"{rows:>9,} rows  search {one['search_s']:8.1f} s, {one['search_cpu_s']:8.1f} s CPU  peak {peak:.3f} GB")
+        print(f"{rows:>9,} rows  {1e3 * one['all_s'] / rows:6.2f} ms of CPU time a query, {one['all_s']:9.1f} s for all  "
+              f"peak {peak:.3f} GB", flush=True)  # fmt: skip
     for one, other in zip(found, found[1:], strict=False):
-        exponent = math.log(other["search_cpu_s"] / one["search_cpu_s"]) / math.log(other["rows"] / one["rows"])
-        print(f"{one['rows']:,} to {other['rows']:,} rows: CPU time of the search grows as rows to the {exponent:.2f}")
+        exponent = math.log(other["all_s"] / one["all_s"]) / math.log(other["rows"] / one["rows"])
+        print(
+            f"{one['rows']:,} to {other['rows']:,} rows: the search of all queries grows as rows to the {exponent:.2f}"
+        )
 
 
 def faiss(args: argparse.Namespace) -> None:
@@ -230,7 +235,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    args.rows = args.rows or {"whole": [1_000_000], "growth": [25_000, 50_000, 100_000], "faiss": [100_000]}[args.what]
+    usual = {"whole": [1_000_000], "growth": [25_000, 50_000, 100_000, 200_000, 400_000], "faiss": [100_000]}
+    args.rows = args.rows or usual[args.what]
     {"whole": whole, "growth": growth, "faiss": faiss}[args.what](args)
 
 
