@@ -170,7 +170,8 @@ def growth(args: argparse.Namespace) -> None:
         one["all_s"] = one["search_cpu_s"] * rows / one["queries_now"]
         found.append(one)
         peak = max(value for name, value in one.items() if name.endswith("_gb"))
-        print(f"{rows:>9,} rows  {1e3 * one['all_s'] / rows:6.2f} ms of CPU time a query, {one['all_s']:9.1f} s for all  "
+        a_query = 1e3 * one["all_s"] / rows
+        print(f"{rows:>9,} rows  {a_query:6.2f} ms of CPU time a query, {one['all_s']:9.1f} s for all of them  "
               f"peak {peak:.3f} GB", flush=True)  # fmt: skip
     for one, other in zip(found, found[1:], strict=False):
         exponent = math.log(other["all_s"] / one["all_s"]) / math.log(other["rows"] / one["rows"])
