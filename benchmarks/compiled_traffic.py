@@ -105,8 +105,11 @@ def mixed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) 
     return query + (key + value).repeat_interleave(groups, dim=1)
 
 
-def compiled_kernels(shape: dict[str, Any], tokens: int) -> dict[str, list[Kernel]]:
-    """The kernels of one `layer` and of the final `norm`, forward and backward of one pass over `tokens` tokens."""
+def compiled_kernels(shape: dict[str, Any], tokens: int, texts: int = 0) -> dict[str, list[Kernel]]:
+    """The kernels of one `layer` and of the final `norm`, forward and backward of one pass over `tokens` tokens.
+
+    `texts`: of the last layer where it is pruned, as `anchor train` does on CUDA, to the end of so many texts.
+    """
     import torch._functorch.config
     import torch._inductor.config
     from functorch.compile import make_boxed_func
@@ -116,6 +119,7 @@ def compiled_kernels(shape: dict[str, Any], tokens: int) -> dict[str, list[Kerne
     from anchor_cli.model.attention import KERNELS, PACKED_ATTENTION, register
     from anchor_cli.model.backbone import compile_layers
     from anchor_cli.model.packed import pack_texts
+    from anchor_cli.model.pooling import prune_last_layer
     from anchor_cli.model.reconstruction import ReconstructionModel
     from anchor_cli.model.rotary_kernel import fuse_queries_and_keys
 
@@ -136,24 +140,27 @@ def compiled_kernels(shape: dict[str, Any], tokens: int) -> dict[str, list[Kerne
     sizes = shape | {"num_hidden_layers": 1, "vocab_size": 1000, "bos_token_id": None, "eos_token_id": None}
     config = Qwen3Config(**sizes, attn_implementation=PACKED_ATTENTION, use_cache=False)
     model = ReconstructionModel(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(), kernel="mixed")
-    texts = pack_texts([np.full(tokens, 3, dtype=np.int32)])
+    packed = pack_texts(np.array_split(np.full(tokens, 3, dtype=np.int32), texts or 1))
     with (
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
     ):
         fuse_queries_and_keys(model.language_model)
+        if texts:
+            prune_last_layer(model.language_model)
         compile_layers(model.language_model, backend=backend("layer"))
         model.language_model.get_decoder().norm.compile(backend=backend("norm"))
         embed = model.language_model.get_input_embeddings()
-        model.hidden_states(embed(texts.input_ids), texts).float().sum().backward()
+        out = model.encode(packed) if texts else model.hidden_states(embed(packed.input_ids), packed)
+        out.float().sum().backward()
     torch._dynamo.reset()
     return made
 
 
-def compiled_traffic(shape: dict[str, Any], tokens: int) -> dict[str, tuple[float, int]]:
+def compiled_traffic(shape: dict[str, Any], tokens: int, texts: int = 0) -> dict[str, tuple[float, int]]:
     """Part -> (bytes, launches) of everything but matrix products, one pass over `tokens` tokens."""
     made = {}
-    for part, kernels in compiled_kernels(shape, tokens).items():
+    for part, kernels in compiled_kernels(shape, tokens, texts).items():
         others = [moved for _, is_product, moved in kernels if not is_product and moved]  # 0: a view of an output
         made[part] = float(sum(others)), len(others)
     return made
@@ -163,7 +170,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     from step_traffic import QWEN3_0_6B
 
-    for part, kernels in compiled_kernels(QWEN3_0_6B, 16384).items():
+    texts = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    for part, kernels in compiled_kernels(QWEN3_0_6B, 16384, texts).items():
         print(part)
         for name, is_product, moved in kernels:
             print(f"  {name:28s} {'product' if is_product else '':8s} {moved / (16384 * 1024 * 2):6.2f} x (T, h)")

@@ -41,6 +41,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from anchor_cli.model.attention import PACKED_ATTENTION, register  # noqa: E402
 from anchor_cli.model.output_layer import CHUNK_BYTES_CUDA  # noqa: E402
 from anchor_cli.model.packed import PairBatch, pack_pairs  # noqa: E402
+from anchor_cli.model.pooling import prune_last_layer  # noqa: E402
 from anchor_cli.model.reconstruction import ReconstructionModel  # noqa: E402
 from anchor_cli.plan.flops import ModelShape, attention_flops, causal_pairs, objective_flops  # noqa: E402
 
@@ -187,8 +188,8 @@ def batch_of_pairs(num_pairs: int, lengths: tuple[int, int], extra: int) -> Pair
     return pack_pairs(queries, documents, starts, starts, eos_token_id=2, targets="text")
 
 
-def trace(num_layers: int, path: str, batch: PairBatch) -> Traffic:
-    """Forward and backward of a model with so many layers."""
+def trace(num_layers: int, path: str, batch: PairBatch, pruned: bool = False) -> Traffic:
+    """Forward and backward of a model with so many layers, the last pruned in the encode pass or not."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     register()
@@ -205,6 +206,8 @@ def trace(num_layers: int, path: str, batch: PairBatch) -> Traffic:
     if path == "stock":
         model.output_layer.chunk_targets = CHUNK_BYTES_CUDA // (4 * config.vocab_size)
     moved = batch.texts.map(fake.from_tensor), batch.recon.map(fake.from_tensor)
+    if pruned:
+        prune_last_layer(language_model)
     tensors = [batch.first_slots, batch.content_starts, batch.target_slots, batch.target_ids]
     packed = PairBatch(*moved, *(fake.from_tensor(t) for t in tensors), batch.num_query_targets)
     counter = Count(config.vocab_size * config.hidden_size)
@@ -275,10 +278,11 @@ def liger_kernels(model: Any, counter: Count) -> Iterator[None]:
 
 
 def step_traffic(path: str, batch: PairBatch) -> Traffic:
-    """The whole model's micro-batch: one layer's share added up."""
+    """The whole model's micro-batch: one layer's share added up, less what the pruned last layer leaves out."""
     one, two = (trace(count, path, batch) for count in (1, 2))
     layer = two.plus(one, -1)
     rest = one.plus(layer, -1)
+    left_out = Traffic() if path == "stock" else trace(1, path, batch, pruned=True).plus(one, -1)
     if path == "compile":
         from compiled_traffic import compiled_traffic
 
@@ -295,8 +299,13 @@ def step_traffic(path: str, batch: PairBatch) -> Traffic:
         layer.launches["elementwise"] = 2 * (fused["layer"][1] + 1 + 2)
         rest.bytes["elementwise"] += passes * fused["norm"][0]
         rest.launches["elementwise"] += 2 * fused["norm"][1]
+        last = compiled_traffic(QWEN3_0_6B, tokens[0], len(batch.texts.lengths))
+        left_out.bytes["elementwise"], left_out.launches["elementwise"] = (
+            sum(last[part][at] - fused[part][at] for part in fused) for at in (0, 1)
+        )
         layer.operators.clear()
-    return rest.plus(layer, QWEN3_0_6B["num_hidden_layers"])  # type: ignore[arg-type]
+        left_out.operators.clear()
+    return rest.plus(layer, QWEN3_0_6B["num_hidden_layers"]).plus(left_out, 1)  # type: ignore[arg-type]
 
 
 def estimate(

@@ -25,6 +25,7 @@ from anchor_cli.export.export import export
 from anchor_cli.model import backbone, exactness
 from anchor_cli.model.backbone import checkpoint_activations, load_backbone, refuse_configuration
 from anchor_cli.model.exactness import logit_scale, shrunk_config, try_configuration
+from anchor_cli.model.pooling import prune_last_layer
 from anchor_cli.spec.load import load_spec
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -62,15 +63,23 @@ def test_models_whose_packed_texts_would_leak_are_refused(name: str, reason: str
     assert "the/model" in caught.value.message and name in caught.value.message and "Qwen3" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "olmo2", "gpt2", "opt", "phi3", "mixtral", "starcoder2"])
-def test_models_of_other_makes_equal_the_stock_model(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "prunes"),
+    [("qwen2", True), ("olmo2", False), ("gpt2", False), ("opt", False), ("phi3", True), ("mixtral", True),
+     ("starcoder2", True), ("gemma3_text", True), ("cohere", True)],
+)  # fmt: skip
+def test_models_of_other_makes_equal_the_stock_model(name: str, prunes: bool, tmp_path: Path) -> None:
+    """And, where the class allows it, also with the last layer computed in pooled rows only."""
     folder = save_random_model(tmp_path, config_of(name))
-    (want, want_loss), (got, loss) = (
-        stock_results(folder),
-        our_results(load_backbone(folder, dtype=torch.float32, reconstructs=True)),
-    )
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert loss == pytest.approx(want_loss, rel=1e-5)
+    want, want_loss = stock_results(folder)
+    model = load_backbone(folder, dtype=torch.float32, reconstructs=True)
+    assert getattr(model, backbone.CAN_PRUNE) == prunes
+    for pruned in {False, prunes}:
+        if pruned:
+            prune_last_layer(model)
+        got, loss = our_results(model)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert loss == pytest.approx(want_loss, rel=1e-5)
 
 
 def test_a_leak_of_a_model_that_no_small_one_stands_for_is_found_in_the_model_itself(

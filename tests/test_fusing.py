@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,3 +50,12 @@ def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(capsys: pytest.Capture
     assert decide_fusing("auto", "auto", "model", CPU, torch.float32) == (False, False)
     assert decide_fusing(True, "auto", "model", CPU, torch.float32) == (True, False)
     assert not capsys.readouterr().err
+
+
+def test_the_last_layer_is_pruned_on_cuda_where_a_trial_has_shown_that_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned: list[Any] = []
+    monkeypatch.setattr(fusing, "prune_last_layer", pruned.append)
+    can, cannot = SimpleNamespace(anchor_can_prune=True), SimpleNamespace(anchor_can_prune=False)
+    for model, device in ((can, CPU), (cannot, CUDA), (SimpleNamespace(), CUDA), (can, CUDA)):
+        fusing.prune(model, device)  # type: ignore[arg-type]
+    assert pruned == [can]

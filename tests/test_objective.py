@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.backbone import checkpoint_activations
 from anchor_cli.model.packed import pack_pairs
+from anchor_cli.model.pooling import prune_last_layer
 from anchor_cli.model.reconstruction import ReconstructionModel
 
 EOS = 7
@@ -105,10 +106,17 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, relative: float) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("targets", ["text", "content"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_loss_and_gradients_equal_a_naive_loop(dtype: torch.dtype, targets: str, tied: bool) -> None:
+@pytest.mark.parametrize("pruned", [False, True])
+def test_packed_loss_and_gradients_equal_a_naive_loop(
+    dtype: torch.dtype, targets: str, tied: bool, pruned: bool
+) -> None:
     pairs = random_pairs(7, seed=3)
     plain = tiny(dtype, tied=tied, attention="sdpa")
     ours = ReconstructionModel(tiny(dtype, tied=tied), kernel="sdpa", chunk_targets=13)
+    if pruned:  # and checkpointed, half of the time
+        assert prune_last_layer(ours.language_model)
+        if tied:
+            checkpoint_activations(ours.language_model)
     want_loss, want_d2q, want_q2d = naive_losses(plain, pairs, targets, 0.8, 0.2)
     want_loss.backward()
     # three micro-batches of unlike size: how a step is cut must not matter
@@ -169,6 +177,19 @@ def test_an_embedding_is_the_same_alone_in_any_batch_and_at_any_position(dtype: 
             got = model.encode(pack_texts([texts[i] for i in order]))
             for row, i in enumerate(order):
                 assert_close(got[row], want[i], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mode", ["eos_token", "last_token", "mean"])
+def test_a_pruned_last_layer_gives_the_same_embeddings_in_fewer_rows(mode: str) -> None:
+    from anchor_cli.model.packed import pack_texts
+
+    whole, pruned = (ReconstructionModel(tiny(torch.float64), kernel="sdpa", pooling_mode=mode) for _ in range(2))
+    rows: list[int] = []
+    assert prune_last_layer(pruned.language_model)
+    pruned.language_model.model.layers[-1].mlp.register_forward_hook(lambda *call: rows.append(call[2].shape[1]))
+    texts, starts = pack_texts([p[0] for p in random_pairs(5, seed=2)]), torch.tensor([1] * 5)
+    assert_close(pruned.encode(texts, starts), whole.encode(texts, starts), 1e-12)
+    assert rows == [len(texts.input_ids) if mode == "mean" else 5]
 
 
 @pytest.mark.parametrize("mode", ["mean", "weighted_mean", "last_token"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-ESTIMATED_MFU = 0.44  # estimated 0.446 with the network of two cards, 0.461 without; the goal is 0.45
+ESTIMATED_MFU = 0.45  # estimated 0.4504 with the network of two cards, 0.466 without
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -61,7 +61,9 @@ def test_the_output_layer_moves_two_reads_and_one_write_of_its_logits() -> None:
     shape = ModelShape.from_config(QWEN3_0_6B)
     rows = len(batch.texts.input_ids) + len(batch.recon.input_ids)
     want = 3 * (trunk_flops(shape, rows) + output_flops(shape, len(batch.target_ids)))
-    assert traffic.matrix_flops == pytest.approx(want, rel=1e-3)
+    left_out = len(batch.texts.input_ids) - len(batch.texts.lengths)  # after attention, in the encode pass's last layer
+    want -= 3 * 2 * left_out * (2048 * 1024 + 3 * 1024 * 3072)
+    assert traffic.matrix_flops == pytest.approx(want, rel=1e-4)
 
 
 def test_the_engine_makes_the_device_wait_for_nothing_in_a_micro_batch() -> None:

@@ -23,6 +23,7 @@ from anchor_cli.evaluate.search import device_of
 from anchor_cli.model.attention import choose_kernel
 from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.folder import read_config
+from anchor_cli.model.fusing import prune
 from anchor_cli.model.packed import pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
 
@@ -275,6 +276,7 @@ def load_embedder(
     embedding: Any = language_model.get_input_embeddings()
     require_ids_within(tokenizer, embedding.weight.shape[0], path)
     kernel = choose_kernel(attn_implementation, place, number)
+    prune(language_model, place)
     model = ReconstructionModel(language_model, kernel=kernel, pooling_mode=contract.pooling_mode).to(place).eval()
     return PackedEmbedder(
         model.encode,

@@ -36,6 +36,7 @@ class Packing:
     cu_seqlens: torch.Tensor  # (N+1,) int32
     lengths: tuple[int, ...]
     kernel: str
+    rows: torch.Tensor | None = None  # the only ones that the last layer's result is needed of (model/pooling.py)
 
 
 class Kernel(Protocol):

@@ -18,6 +18,8 @@ from anchor_cli.model.exactness import Trial, logit_scale, packing_problem, try_
 from anchor_cli.model.reconstruction import LOGIT_SCALE
 
 _PLAIN = "take a model with plain causal attention, such as Qwen3, Qwen2, Llama or Mistral"
+CAN_PRUNE = "anchor_can_prune"
+"""Attribute of a loaded language model: whether its last layer gives the same in pooled rows only."""
 _LIGER_MODELS = ("qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3_text")
 
 
@@ -66,6 +68,7 @@ def load_backbone(
     model, info = loaded
     _refuse_missing_weights(model, info["missing_keys"], source, reconstructs)
     _refuse_other_results(model, source, reconstructs, trial)
+    setattr(model, CAN_PRUNE, trial.prunes)
     model.config.use_cache = False
     # A config that names a pad token (often [EOS]) makes stock models drop the gradient of its embedding row. There
     # is no padding here, and [EOS] must learn.

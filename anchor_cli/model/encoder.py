@@ -11,18 +11,25 @@ from transformers import PreTrainedModel
 
 from anchor_cli.model.attention import Packing
 from anchor_cli.model.packed import PackedTexts, TextBatch
-from anchor_cli.model.pooling import pool
+from anchor_cli.model.pooling import PRUNED, pool, pooled_rows
 
 
 def packed_hidden_states(
-    language_model: PreTrainedModel, inputs: torch.Tensor, texts: PackedTexts, kernel: str
+    language_model: PreTrainedModel,
+    inputs: torch.Tensor,
+    texts: PackedTexts,
+    kernel: str,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm."""
+    """(T, D) input embeddings of a packed row -> (T, D) hidden states after the final norm.
+
+    `rows`: of a model whose last layer is pruned, (N,) the rows to return.
+    """
     out = language_model.get_decoder()(
         inputs_embeds=inputs[None],
         position_ids=texts.position_ids[None],
         use_cache=False,
-        packing=Packing(texts.cu_seqlens, texts.lengths, kernel),
+        packing=Packing(texts.cu_seqlens, texts.lengths, kernel, rows),
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden
@@ -44,7 +51,12 @@ class PackedEncoder(nn.Module):
     def encode(self, texts: PackedTexts, content_starts: torch.Tensor | None = None) -> torch.Tensor:
         """(N, D) embeddings, not normalised: one causal pass per text, positions from 0."""
         embed = self.language_model.get_input_embeddings()
-        hidden = self.hidden_states(embed(texts.input_ids), texts)
+        inputs = embed(texts.input_ids)
+        if getattr(self.language_model, PRUNED, False):
+            rows = pooled_rows(texts.cu_seqlens, self.pooling_mode)
+            if rows is not None:
+                return packed_hidden_states(self.language_model, inputs, texts, self.kernel, rows)
+        hidden = self.hidden_states(inputs, texts)
         return pool(hidden, texts.cu_seqlens, content_starts, self.pooling_mode)
 
     def forward(self, batch: TextBatch) -> torch.Tensor:

@@ -29,6 +29,7 @@ from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.model.attention import PACKED_ATTENTION, register
 from anchor_cli.model.encoder import packed_hidden_states
 from anchor_cli.model.packed import pack_texts
+from anchor_cli.model.pooling import pooled_rows, prune_last_layer
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Largest difference of a hidden state, relative to its length. In float32 rounding stays below 1e-5."""
@@ -47,6 +48,8 @@ class Trial:
     output_problem: str | None = None
     was_tried: bool = True
     """False: no small model could be built; `load_backbone` then tries the real one."""
+    prunes: bool = False
+    """The last layer gives the same where it is computed in pooled rows only (model/pooling.py)."""
 
 
 _trials: dict[str, Trial] = {}
@@ -72,7 +75,7 @@ def _try(config: PretrainedConfig) -> Trial:
             continue
         if _relative(changed[0][-1:], theirs[0][-1:]) < 10 * TOLERANCE[torch.float32]:
             continue  # its last token sees nothing of its first, so a trial would show nothing
-        return Trial(packing_problem(model, theirs), output_problem(model))
+        return Trial(packing_problem(model, theirs), output_problem(model), prunes=_prunes(model))
     return Trial(was_tried=False)
 
 
@@ -97,6 +100,20 @@ def packing_problem(model: PreTrainedModel, theirs: list[torch.Tensor] | None = 
     if largest <= TOLERANCE[theirs[0].dtype]:
         return None
     return f"a text's hidden states beside other texts differ from those of the text alone by {largest:.1%}"
+
+
+@torch.no_grad()
+def _prunes(model: PreTrainedModel) -> bool:
+    """Whether a pruned last layer gives the pooled rows as the whole one does; the model is pruned afterwards."""
+    packed = pack_texts([np.array(text, dtype=np.int32) for text in _TEXTS])
+    rows = pooled_rows(packed.cu_seqlens, "last_token")
+    try:
+        inputs = model.get_input_embeddings()(packed.input_ids)
+        theirs = packed_hidden_states(model, inputs, packed, "sdpa")[rows]
+        ours = packed_hidden_states(model, inputs, packed, "sdpa", rows) if prune_last_layer(model) else None
+    except Exception:  # whatever another layer makes of fewer rows: it is computed whole then
+        return False
+    return ours is not None and ours.shape == theirs.shape and _relative(ours, theirs) <= TOLERANCE[ours.dtype]
 
 
 @torch.no_grad()

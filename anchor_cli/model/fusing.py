@@ -2,7 +2,7 @@
 
 Counted for Qwen3-0.6B and a micro-batch of 16,384 tokens (benchmarks/step_traffic.py; unmeasured on a card): norms,
 rotation, SwiGLU and sums move 875 GB in 8,017 launches as transformers' layers have them, 158 GB with Liger,
-122 GB in 1,004 launches compiled and with our kernel for queries and keys.
+121 GB in 1,011 launches compiled and with our kernel for queries and keys.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from anchor_cli.base.console import warn
-from anchor_cli.model.backbone import apply_liger, compile_layers
+from anchor_cli.model.backbone import CAN_PRUNE, apply_liger, compile_layers
 from anchor_cli.model.liger import decide_liger
 from anchor_cli.model.output_layer import kernel_works
+from anchor_cli.model.pooling import prune_last_layer
 
 Fusing = Literal["torch_compile", "liger", "none"]
 
@@ -60,14 +61,29 @@ def fuse(
     dtype: torch.dtype,
     *,
     split_weights: bool = False,
+    backend: str = "inductor",
 ) -> bool:
-    """Apply what was decided, and our kernel for queries and keys where it runs. True where Liger was applied."""
+    """Apply what was decided, our kernel for queries and keys where it runs, and the pruned last layer.
+
+    True where Liger was applied.
+    """
     applied = liger and apply_liger(model)
     if device.type == "cuda" and not split_weights and importlib.util.find_spec("triton") is not None:
         from anchor_cli.model.rotary_kernel import fuse_queries_and_keys, works
 
         if works(device, dtype):
             fuse_queries_and_keys(model)
+    if not split_weights:
+        prune(model, device)
     if compiled:
-        compile_layers(model)
+        compile_layers(model, backend)
     return applied
+
+
+def prune(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the last layer in pooled rows only, on CUDA, where the model's class was found to give the same.
+
+    Not on a CPU: products of fewer rows round otherwise, and a run there repeats bit for bit what older versions gave.
+    """
+    if device.type == "cuda" and getattr(model, CAN_PRUNE, False):
+        prune_last_layer(model)

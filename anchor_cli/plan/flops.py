@@ -119,8 +119,8 @@ def objective_flops(
     """Model FLOPs, forward and backward, that the reconstruction objective needs for these pairs.
 
     `num_targets` counts target positions of both sides; None means every text's n - 1 (`reconstruction_targets: text`
-    where no content holds an [EOS]). Every layer is counted for every token, as is usual for MFU; that the last layer
-    of the encoding pass is needed at [EOS] only is not taken off.
+    where no content holds an [EOS]). Every layer is counted for every token, as is usual for MFU; that on CUDA
+    the last layer of the encode pass is computed at pooled states only (model/pooling.py) is not taken off.
     """
     lengths = np.concatenate([np.asarray(query_lengths, np.int64), np.asarray(document_lengths, np.int64)])
     targets = int((lengths - 1).sum()) if num_targets is None else num_targets

@@ -179,16 +179,18 @@ def output(setting: Setting) -> dict[str, Any]:
 def micro_batch(setting: Setting, path: str, tokens: int, profile: bool = False) -> dict[str, Any]:
     """Forward and backward of one micro-batch: seconds, MFU, memory against the plan's."""
     from anchor_cli.model.attention import choose_kernel
-    from anchor_cli.model.backbone import apply_liger, compile_layers, load_backbone
+    from anchor_cli.model.backbone import load_backbone
+    from anchor_cli.model.fusing import fuse
     from anchor_cli.model.reconstruction import ReconstructionModel
     from anchor_cli.plan.flops import ModelShape, objective_flops
 
     backbone = load_backbone(setting.model(), dtype=DTYPE).train()
-    if path == "liger" and not apply_liger(backbone):
-        return {"path": path, "skipped": "liger-kernel is not installed"}
+    if path != "stock":
+        backend = "eager" if setting.dry else "inductor"
+        applied = fuse(backbone, path == "compile", path == "liger", DEVICE, DTYPE, backend=backend)
+        if path == "liger" and not applied:
+            return {"path": path, "skipped": "liger-kernel is not installed"}
     backbone.to(DEVICE)  # type: ignore[arg-type]
-    if path == "compile":
-        compile_layers(backbone, backend="eager" if setting.dry else "inductor")
     model = ReconstructionModel(backbone, kernel=choose_kernel("auto", DEVICE, DTYPE))
     pairs = up_to(setting.pairs(), tokens)
     batch = packed(pairs)
@@ -226,7 +228,7 @@ def stock(setting: Setting) -> dict[str, Any]:
 
 
 def liger(setting: Setting) -> dict[str, Any]:
-    """Part 4: Liger's kernels."""
+    """Part 4: Liger's kernels, with what `anchor train` applies besides: queries and keys, the pruned last layer."""
     return micro_batch(setting, "liger", setting.tokens(16384))
 
 
