@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Build the CPU image and try it: entry point, user, no secrets, `anchor doctor`, `anchor demo`.
+# Build an image and try it without a GPU: entry point, user, no secrets, `anchor doctor`, `anchor demo`; of the CUDA
+# image also what it answers to a driver that is too old for its torch.
 #
-#   bash docker/test-image.sh                 with docker when its daemon answers, else with buildah (no daemon needed)
+#   bash docker/test-image.sh                 the CPU image; with docker when its daemon answers, else with buildah (no daemon needed)
 #   BASE=localhost/base bash docker/test-image.sh     on another base image; with buildah and no network to a registry
 #                                             a base is made by debootstrap when BASE is not given
+#   VARIANT=cuda bash docker/test-image.sh    the CUDA image: some 4 GB of wheels
 #   BUILD=no bash docker/test-image.sh        try the image as it was built last
-# Honoured when set: PIP_FIND_LINKS (a folder of wheels, mounted read-only), PIP_CERT, TORCH_INDEX, DEMO_STEPS.
+# Honoured when set: PIP_FIND_LINKS (a folder of wheels, mounted read-only), PIP_CERT, TORCH_INDEX, FLASH_ATTN, DEMO_STEPS,
+# STORAGE_DRIVER (of buildah: overlay copies no layers where it can be mounted).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${IMAGE:=localhost/anchor-test:cpu}" "${DEMO_STEPS:=}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
+: "${VARIANT:=cpu}" "${IMAGE:=localhost/anchor-test:$VARIANT}" "${STORAGE_DRIVER:=vfs}" "${DEMO_STEPS:=}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
 step() { printf '\n== %s\n' "$*"; }
 fail() { printf 'test-image: %s\n' "$*" >&2; exit 1; }
 
-buildah() { command buildah --storage-driver vfs "$@"; }
+buildah() { command buildah --storage-driver "$STORAGE_DRIVER" "$@"; }
 
 make_base() {  # a stand-in for the public base image: Debian bookworm with its Python 3.11
     buildah inspect --type image localhost/base >/dev/null 2>&1 && return
@@ -26,8 +29,9 @@ make_base() {  # a stand-in for the public base image: Debian bookworm with its 
 }
 
 build() {
-    local arguments=(--build-arg VARIANT=cpu --build-arg "REVISION=$REVISION" -t "$IMAGE")
+    local arguments=(--build-arg "VARIANT=$VARIANT" --build-arg "REVISION=$REVISION" -t "$IMAGE")
     [ -z "${BASE:-}" ] || arguments+=(--build-arg "BASE=$BASE")
+    [ -z "${FLASH_ATTN:-}" ] || arguments+=(--build-arg "FLASH_ATTN=$FLASH_ATTN")
     [ -z "${TORCH_INDEX+x}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
     if [ "$TOOL" = docker ]; then
         docker build "${arguments[@]}" .
