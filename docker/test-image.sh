@@ -95,6 +95,27 @@ step "anchor --version, anchor --help"
 in_image anchor --version
 in_image anchor --help >/dev/null
 
+if [ "$VARIANT" = cuda ]; then
+    step "a driver that is too old for this torch"
+    # what anchor asks NVML and libcuda of one GPU, answered by libraries of our own: driver 550, CUDA 12.4
+    old_driver='mkdir -p /tmp/driver && cd /tmp/driver && printf %s "$FAKE" >fake.c \
+        && gcc -shared -fPIC -o libcuda.so.1 fake.c && cp libcuda.so.1 libnvidia-ml.so.1'
+    in_image env FAKE='#include <string.h>
+        int cuInit(unsigned f) { return 0; } int cuDriverGetVersion(int *v) { *v = 12040; return 0; }
+        int nvmlInit_v2(void) { return 0; } int nvmlShutdown(void) { return 0; }
+        int nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }
+        int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { *h = (void *)1; return 0; }
+        int nvmlDeviceGetName(void *h, char *s, unsigned n) { strcpy(s, "NVIDIA H100 80GB HBM3"); return 0; }
+        int nvmlDeviceGetUUID(void *h, char *s, unsigned n) { strcpy(s, "GPU-0"); return 0; }
+        int nvmlDeviceGetMemoryInfo(void *h, unsigned long long *m) { m[0] = m[1] = 80ull << 30; m[2] = 0; return 0; }
+        int nvmlSystemGetDriverVersion(char *s, unsigned n) { strcpy(s, "550.54.15"); return 0; }' sh -c "$old_driver"
+    answer="$(in_image env LD_LIBRARY_PATH=/tmp/driver HF_HUB_OFFLINE=1 anchor demo 2>&1)" \
+        && fail "anchor demo went on, on the CPU: $answer"
+    echo "$answer"
+    [[ "$answer" == *"driver 550.54.15 runs CUDA 12.4 at most"*"needs driver 580 or newer"* ]] || fail "not what is wrong"
+    [[ "$answer" == *"update the driver, or pip install torch"*"--device cpu"* ]] || fail "no remedy"
+fi
+
 step "anchor doctor"
 in_image env HF_HUB_OFFLINE=1 anchor doctor
 

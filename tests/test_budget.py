@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from anchor_cli.plan.budget import choose_budget
+from anchor_cli.plan.budget import choose_budget, fewest_micro_batches
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.memory import LayerOptions, largest_budget, training_memory
 from anchor_cli.plan.zero import StateOptions, state_options
@@ -68,8 +68,35 @@ def test_on_a_cpu(longest: int, want: int) -> None:
 
 
 def test_liger_leaves_room_for_more_tokens() -> None:
-    plain, fused = (choose_budget(spec(), SHAPE, TWO, 94 * GIB, 1024, liger=liger).tokens for liger in (False, True))
+    plain, fused = (choose_budget(spec(), SHAPE, TWO, 94 * GIB, 1024, fused=way).tokens for way in ("none", "liger"))
     assert fused > plain
+
+
+def test_kure_at_length_512_is_one_micro_batch_on_80_and_94_gb() -> None:
+    """64 pairs a card, heaviest 29,254 tokens (docs/performance.md). What compiled layers keep of a token, by hand."""
+    parameters, table = 596_049_920, 151_936 * 1024
+    fixed = 2 * parameters + (4 + 12) * parameters // 2 + 200_000_000 * 8 + 2**28 * 6 + table * 6 + 1.5e9
+    # inputs and outputs of two norms and their scales; q and k before and after their norms and rotation, 24 scales of
+    # heads; v, attention's output and its log-sums; gate, up and product
+    layer = 2 * (4 * 1024 + 3 * 2048 + 3 * 1024 + 3 * 3072) + 2 * 4 + 24 * 4 + 16 * 4
+    rest = 2 * 1024 + 4 + 2 * 2 * 128 + 8
+    for gib, selective in ((94, False), (80, True)):
+        kept = 28 * (layer - selective * 2 * (1024 + 3072)) + rest
+        made = choose_budget(spec(), SHAPE, TWO, gib * GIB, 1024, fused="compiled")
+        got = fewest_micro_batches(made, lambda tokens: -(-29_254 // tokens))
+        assert got.tokens == int((0.9 * gib * GIB - fixed) / (2 * kept)) // 1024 * 1024 >= 29_254
+        assert (got.checkpointing, got.selective) == (False, selective)
+    assert "norm and product" in got.checkpointing_source and made.checkpointing_source == "auto: fits without"
+
+
+def test_compiled_layers_recompute_the_cheap_part_before_whole_layers() -> None:
+    """For a given budget between what fits without and what fits with it; never where the spec says no."""
+    fits = {way: largest_budget(SHAPE, TWO, LayerOptions(fused="compiled", selective=way), 80 * GIB) for way in (0, 1)}
+    for tokens, want in ((fits[0], (False, False)), (fits[1], (False, True)), (fits[1] + 1, (True, False))):
+        got = choose_budget(spec(max_tokens_per_micro_batch=tokens), SHAPE, TWO, 80 * GIB, 1024, fused="compiled")
+        assert (got.checkpointing, got.selective) == want and got.alternative is None
+    got = choose_budget(spec(gradient_checkpointing=False), SHAPE, TWO, 80 * GIB, 1024, fused="compiled")
+    assert (got.tokens, got.alternative) == (fits[0], None)
 
 
 def test_the_kernel_that_will_run_is_counted() -> None:

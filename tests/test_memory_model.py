@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 from live_bytes import LiveBytes
 from test_flops import QWEN3_0_6B, TINY
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from anchor_cli.model.attention import PACKED_ATTENTION, register
-from anchor_cli.model.backbone import checkpoint_activations
+from anchor_cli.model.backbone import checkpoint_activations, compile_layers
 from anchor_cli.model.output_layer import OutputLayer
 from anchor_cli.model.packed import pack_pairs, pack_texts
 from anchor_cli.model.reconstruction import ReconstructionModel
@@ -30,14 +31,20 @@ WIDE = TINY | {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers":
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing: bool) -> None:
+@pytest.mark.parametrize("way", ["kept", "checkpointed", "compiled", "selective"])
+@torch._functorch.config.patch(ban_recompute_materialized_backward=True)  # put back afterwards
+def test_activations_equal_what_autograd_saves(dtype: torch.dtype, way: str) -> None:
+    """`compiled`: torch's own partitioner decides what a compiled layer keeps, as it does under inductor."""
     register()
+    checkpointing, compiled = way == "checkpointed", way in ("compiled", "selective")
     kwargs = {key: value for key, value in WIDE.items() if key != "model_type"}
     backbone = Qwen3ForCausalLM(Qwen3Config(**kwargs, attn_implementation=PACKED_ATTENTION, use_cache=False))
     backbone.to(dtype).train()
     if checkpointing:
         checkpoint_activations(backbone)
+    if compiled:
+        torch._dynamo.reset()
+        compile_layers(backbone, backend="aot_eager_decomp_partition", selective=way == "selective")
     weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -55,7 +62,7 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
     got = sum(storage.nbytes() for storage in kept.values()) / 1200
     if checkpointing:
         got += 2 * 24 * dtype.itemsize  # cos and sin are held by the closure that recomputes, not as saved tensors
-    layers = LayerOptions(checkpointing, kernel="sdpa")
+    layers = LayerOptions(checkpointing, "sdpa", "compiled" if compiled else "none", way == "selective")
     want = memory_model.activation_bytes_per_token(ModelShape.from_config(WIDE), dtype.itemsize, layers)
     assert hidden.shape == (1200, 96)
     assert want == pytest.approx(got, rel=0.01)
@@ -64,7 +71,7 @@ def test_activations_equal_what_autograd_saves(dtype: torch.dtype, checkpointing
 def test_liger_saves_no_more_than_it_surely_fuses() -> None:
     """fp32 inputs of the two norms of a layer (4 h each) and silu(gate) (b f); not the norms of queries and keys."""
     shape = ModelShape.from_config(QWEN3_0_6B)
-    eager, fused = (memory_model.layer_bytes_per_token(shape, 2, LayerOptions(liger=liger)) for liger in (False, True))
+    eager, fused = (memory_model.layer_bytes_per_token(shape, 2, LayerOptions(fused=way)) for way in ("none", "liger"))
     assert eager - fused == 2 * 4 * 1024 + 2 * 3072
 
 

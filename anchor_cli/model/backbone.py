@@ -125,14 +125,22 @@ def _liger() -> Callable[..., None] | None:
     return apply
 
 
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+def compile_layers(model: PreTrainedModel, backend: str = "inductor", selective: bool = False) -> None:
     """Regional `torch.compile`: each decoder layer and the final norm by itself, attention left out (attention.py).
 
     Only the number of tokens is dynamic: the first pass of the first step compiles for its number, the second pass, one
     token a text shorter, makes it a symbol, and the widths stay constants. All layers and all batches share the same
     few graphs from then on (counted: tests/test_compile.py). A layer that is checkpointed is compiled child by child,
     because its own `forward` hands over to the checkpoint, which dynamo does not trace.
+
+    `selective`: the backward pass makes the MLP's normed input and the product of its halves again. That is all that
+    torch's partitioner keeps although it costs no matrix product: attention's normed input crosses two graphs. Its
+    `activation_memory_budget` is no way to it: from 0.9 down to 0.7 the projection of keys is recomputed (counted).
     """
+    if selective:
+        import torch._functorch.config
+
+        torch._functorch.config.ban_recompute_materialized_backward = False
     decoder = model.get_decoder()
     decoder.norm.compile(backend=backend)
     for layer in decoder.layers:

@@ -62,6 +62,7 @@ def fuse(
     *,
     split_weights: bool = False,
     backend: str = "inductor",
+    selective: bool = False,
 ) -> bool:
     """Apply what was decided, our kernel for queries and keys where it runs, and the pruned last layer.
 
@@ -76,7 +77,7 @@ def fuse(
     if not split_weights:
         prune(model, device)
     if compiled:
-        compile_layers(model, backend)
+        compile_layers(model, backend, selective)
     return applied
 
 

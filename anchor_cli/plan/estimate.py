@@ -7,6 +7,7 @@ on a named assumption, which can be replaced by a measurement (`--mfu`, `--token
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from anchor_cli.base.errors import InputError
 from anchor_cli.data.batches import epoch_order, fill_bins, make_plan
 from anchor_cli.plan import flops
 from anchor_cli.plan import memory as memory_model
-from anchor_cli.plan.budget import choose_budget, expected_kernel
+from anchor_cli.plan.budget import choose_budget, expected_fused, expected_kernel, fewest_micro_batches
 from anchor_cli.plan.contrast import ContrastWork, loss_bytes, work_of
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.memory import LayerOptions
@@ -56,7 +57,8 @@ def estimate(
     cut = cut_of(spec, shape, options, hardware, row_lengths, steps, liger)
     memory = None
     if hardware.gpu is not None:
-        layers = LayerOptions(cut.gradient_checkpointing, expected_kernel(spec), liger)
+        fused = expected_fused(spec, options, liger)
+        layers = LayerOptions(cut.gradient_checkpointing, expected_kernel(spec), fused, cut.selective)
         memory = memory_model.training_memory(shape, options, layers, cut.heaviest_tokens)
     return Estimate(
         parameters=shape.num_parameters,
@@ -94,15 +96,17 @@ def estimate_contrast(
     device_bytes = hardware.memory_bytes if hardware.gpu is not None else None
     texts = round(steps.global_batch_size * (2 + mean_negatives))
     held = loss_bytes(texts, shape.hidden_size)
-    budget = choose_budget(spec, shape, options, device_bytes, longest, liger=liger, loss_bytes=held)
+    fused = expected_fused(spec, options, liger)
+    budget = choose_budget(spec, shape, options, device_bytes, longest, fused=fused, loss_bytes=held)
     tokens = float((rows.query_lengths + documents).mean()) * steps.global_batch_size
+    budget = fewest_micro_batches(budget, lambda each: max(1, -(-int(tokens) // (each * world))))
     count = max(1, -(-int(tokens) // (budget.tokens * world)))
     heaviest = min(budget.tokens, int(tokens / (world * count)) + longest)
     switch = budget.checkpointing, budget.checkpointing_source
-    cut = MicroBatches(budget.tokens, budget.source, count, heaviest, *switch)
+    cut = MicroBatches(budget.tokens, budget.source, count, heaviest, *switch, budget.selective)
     memory = None
     if hardware.gpu is not None:
-        layers = LayerOptions(cut.gradient_checkpointing, expected_kernel(spec), liger, False, held)
+        layers = LayerOptions(cut.gradient_checkpointing, expected_kernel(spec), fused, cut.selective, False, held)
         memory = memory_model.training_memory(shape, options, layers, heaviest)
     work = work_of(spec, steps.global_batch_size, mean_negatives, shape.hidden_size, world, count)
     return Estimate(
@@ -181,14 +185,21 @@ def cut_of(
 ) -> MicroBatches:
     """Token budget, checkpointing and the number of micro-batches, as the engine will choose them."""
     device_bytes = hardware.memory_bytes if hardware.gpu is not None else None
-    budget = choose_budget(spec, shape, options, device_bytes, int(row_lengths.max()), liger=liger)
-    plan = make_plan(
-        row_lengths, seed=spec.seed, global_batch_size=steps.global_batch_size, world_size=hardware.num_gpus,
-        token_budget=budget.tokens, total_steps=steps.total_steps,
-    )  # fmt: skip
-    heaviest = heaviest_micro_batch(row_lengths, spec.seed, steps, hardware.num_gpus * plan.num_micro_batches)
+    fused = expected_fused(spec, options, liger)
+    budget = choose_budget(spec, shape, options, device_bytes, int(row_lengths.max()), fused=fused)
+
+    @cache
+    def count(tokens: int) -> int:
+        return make_plan(
+            row_lengths, seed=spec.seed, global_batch_size=steps.global_batch_size, world_size=hardware.num_gpus,
+            token_budget=tokens, total_steps=steps.total_steps,
+        ).num_micro_batches  # fmt: skip
+
+    budget = fewest_micro_batches(budget, count)
+    micro_batches = count(budget.tokens)
+    heaviest = heaviest_micro_batch(row_lengths, spec.seed, steps, hardware.num_gpus * micro_batches)
     switch = budget.checkpointing, budget.checkpointing_source
-    return MicroBatches(budget.tokens, budget.source, plan.num_micro_batches, heaviest, *switch)
+    return MicroBatches(budget.tokens, budget.source, micro_batches, heaviest, *switch, budget.selective)
 
 
 def heaviest_micro_batch(row_lengths: IntArray, seed: int, steps: Steps, num_bins: int) -> int:

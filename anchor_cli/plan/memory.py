@@ -12,6 +12,7 @@ Everything marked *assumption* below has not been measured on a GPU (docs/benchm
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from anchor_cli.plan.flops import ModelShape
 from anchor_cli.plan.zero import StateOptions, state_bytes
@@ -25,6 +26,8 @@ EFFICIENT_TOKENS = 8192  # assumption: below this many tokens the matrix units a
 LARGEST_BUDGET = 65536  # assumption: nothing is gained beyond
 CPU_TOKENS = 8192  # budget of a CPU process
 
+Fused = Literal["compiled", "liger", "none"]
+
 
 @dataclass(frozen=True)
 class LayerOptions:
@@ -33,11 +36,13 @@ class LayerOptions:
     `kernel`: `flash` (grouped heads), `repeated` (a flash kernel that takes keys and values of all heads) or `sdpa`
     (one call a text). Liger's norms of queries and keys are not counted on: it fuses them in an existing Qwen3 from
     0.8.5 on only (https://github.com/linkedin/Liger-Kernel/pull/1470).
+    `selective`: compiled layers make the MLP's normed input and the product of its halves again (model/backbone.py).
     """
 
     checkpointing: bool = False
     kernel: str = "flash"
-    liger: bool = False
+    fused: Fused = "none"
+    selective: bool = False
     reconstructs: bool = True
     """Stage I: two passes are kept, and the output layer is computed. Stage II: one pass, and `loss_bytes` instead."""
     loss_bytes: float = 0.0
@@ -65,28 +70,32 @@ def layer_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> fl
     """Bytes autograd keeps of one layer whose forward pass is not recomputed, per token."""
     h, f = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    # two norms: eager keeps the fp32 input, the normed and the output, Liger the input and the output
-    norms = 2 * ((2 * b if layers.liger else 4 + 2 * b) * h + 4)
-    qk_norms = ((4 + b) * (q + kv) + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
+    plain, made_again = layers.fused == "none", b if layers.selective else 0
+    # two norms: eager keeps the fp32 input, the normed and the output, fused ones the input and the output
+    norms = 2 * ((4 + 2 * b if plain else 2 * b) * h + 4) - made_again * h
+    qk_inputs = (b if layers.fused == "compiled" else 4 + b) * (q + kv)
+    qk_norms = (qk_inputs + 4 * (shape.num_heads + shape.num_kv_heads)) if shape.qk_norm else 0
     attention = b * (q + 2 * kv + q)  # rotated q and k, v, output
     if layers.kernel == "repeated":
         attention = b * 4 * q  # k and v repeated to all heads
     elif layers.kernel == "sdpa":
         attention = b * 5 * q  # the same; the texts' outputs and their concatenation
-    mlp = (3 if layers.liger else 4) * b * f  # gate, up, product; eager also keeps silu(gate)
+    mlp = (4 if plain else 3) * b * f - made_again * f  # gate, up, product; eager also keeps silu(gate)
     return norms + qk_norms + attention + 4 * shape.num_heads + mlp
 
 
 def activation_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
     """Bytes kept by one pass over the model, per token; checkpointing keeps each layer's input only."""
     layer = b * shape.hidden_size if layers.checkpointing else layer_bytes_per_token(shape, b, layers)
-    final_norm, rotary = (4 + b) * shape.hidden_size + 4, 2 * b * shape.head_dim
+    final_norm = (b if layers.fused == "compiled" else 4 + b) * shape.hidden_size + 4
+    rotary = 2 * b * shape.head_dim
     return shape.num_layers * layer + final_norm + rotary + 8
 
 
 def working_bytes_per_token(shape: ModelShape, b: int, layers: LayerOptions) -> float:
     """Bytes a backward step holds besides: gradients inside one layer, and that layer again when it is recomputed."""
-    gradients = 2 * b * (shape.intermediate_size + shape.hidden_size)  # the MLP's; counted: tests/test_memory_model.py
+    # the MLP's, counted (tests/test_memory_model.py); one more of each where they are made again
+    gradients = (3 if layers.selective else 2) * b * (shape.intermediate_size + shape.hidden_size)
     return gradients + (layer_bytes_per_token(shape, b, layers) if layers.checkpointing else 0)
 
 

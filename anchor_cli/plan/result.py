@@ -65,6 +65,8 @@ class MicroBatches:
     heaviest_tokens: int
     gradient_checkpointing: bool
     checkpointing_source: str
+    selective: bool = False
+    """Compiled layers recompute the MLP's normed input and its product."""
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ class RunSpec(BaseModel):
     """Attention kernel. `auto`: flash-attn if installed, else PyTorch's varlen attention, else SDPA text by text.
     `varlen_fa3` and `varlen_fa4` are PyTorch's, routed to flash-attn 3 or 4 (torch >= 2.13)."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass to save memory. `auto`: only when they would not fit."""
+    """Recompute activations in the backward pass to save memory. `auto`: only when they would not fit; of compiled
+    layers first the MLP's norm and product, also where that saves a micro-batch."""
     torch_compile: bool | Literal["auto"] = "auto"
     """Compile the model's layers with `torch.compile`. `auto`: on GPUs where Triton kernels can be built, unless
     `liger` is true."""

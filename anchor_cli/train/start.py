@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from anchor_cli.data.training_set import contract_for, require_contract_of, trai
 from anchor_cli.model.attention import choose_kernel, memory_kind
 from anchor_cli.model.backbone import load_backbone
 from anchor_cli.model.fusing import decide_fusing, fuse
-from anchor_cli.plan.budget import Budget, choose_budget
+from anchor_cli.plan.budget import Budget, choose_budget, fewest_micro_batches
 from anchor_cli.plan.inputs import shape_of
+from anchor_cli.plan.memory import Fused
 from anchor_cli.plan.zero import state_options
 from anchor_cli.processes.ranks import Ranks
 from anchor_cli.processes.watchdog import Watchdog
@@ -141,15 +143,18 @@ def build_run(
     host = ranks.device, dtype
     fusing = decide_fusing(spec.torch_compile, spec.liger, spec.model_name_or_path, *host, split_weights=split)
     global_batch = state.get("global_batch_size", spec.global_batch(ranks.world_size))
-    budget = budget_of(spec, objective, global_batch, ranks, raw, kernel, liger=fusing[1])
+    fused: Fused = "compiled" if fusing[0] else "liger" if fusing[1] else "none"
+    budget = budget_of(spec, objective, global_batch, ranks, raw, kernel, fused=fused)
     total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
-    plan = objective.plan(
+    plan_for = partial(
+        objective.plan,
         seed=spec.seed,
         global_batch_size=global_batch,
         world_size=ranks.world_size,
-        token_budget=budget.tokens,
         total_steps=total,
     )
+    budget = fewest_micro_batches(budget, lambda tokens: plan_for(token_budget=tokens).num_micro_batches)
+    plan = plan_for(token_budget=budget.tokens)
     watchdog.phase("start-up (model)", None)
     language_model = load_backbone(
         checkpoint or spec.model_name_or_path,
@@ -158,7 +163,7 @@ def build_run(
         max_seq_length=contract.max_seq_length,
         reconstructs=spec.stage == "I",
     )
-    liger = fuse(language_model, *fusing, *host, split_weights=split)
+    liger = fuse(language_model, *fusing, *host, split_weights=split, selective=budget.selective)
     model = objective.module(language_model, kernel, contract.pooling_mode)
     model.train()
     watchdog.phase("start-up (engine)", None)
@@ -187,7 +192,7 @@ def budget_of(
     ds_config: dict[str, Any],
     kernel: str,
     *,
-    liger: bool,
+    fused: Fused,
 ) -> Budget:
     """Token budget and checkpointing for the fullest of the run's devices, as `anchor plan` chooses them."""
     options = state_options(spec, ds_config, ranks.world_size)
@@ -200,7 +205,7 @@ def budget_of(
     kind = memory_kind(kernel)
     held = objective.loss_bytes(global_batch, shape.hidden_size)
     longest = objective.longest
-    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, liger=liger, loss_bytes=held)
+    return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, fused=fused, loss_bytes=held)
 
 
 def restore(run: Run, checkpoint: Path) -> None:
