@@ -102,7 +102,7 @@ if [ "$VARIANT" = cuda ]; then
         && gcc -shared -fPIC -o libcuda.so.1 fake.c && cp libcuda.so.1 libnvidia-ml.so.1'
     in_image env FAKE='#include <string.h>
         int cuInit(unsigned f) { return 0; } int cuDriverGetVersion(int *v) { *v = 12040; return 0; }
-        int nvmlInit_v2(void) { return 0; } int nvmlShutdown(void) { return 0; }
+        int nvmlInitWithFlags(unsigned f) { return 0; } int nvmlShutdown(void) { return 0; }
         int nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }
         int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { *h = (void *)1; return 0; }
         int nvmlDeviceGetName(void *h, char *s, unsigned n) { strcpy(s, "NVIDIA H100 80GB HBM3"); return 0; }
