@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/kit.py gpu-kit [--no-wheels]
 
-The kit holds the wheels of liger-kernel and flash-attn-4 (pure Python), and pairs with ready token ids (`ids.npz`):
+The kit holds the wheels of liger-kernel and flash-attn-4, with what they need beyond anchor's own packages, and pairs with ready token ids (`ids.npz`):
 document lengths as of KURE's at 512, queries of 42 tokens. Weights are random, in the shape of Qwen3-0.6B, made on the
 card's host: they change no timing, and their bytes need not travel.
 """
@@ -106,6 +106,16 @@ def pairs_file(path: Path, count: int, longest: int, names: tuple[str, str] = ("
     return path
 
 
+def missing(*wanted: str) -> list[str]:
+    """Pins of these packages and of what they need that is not installed here: torch and its CUDA libraries are."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps"]
+    pins = []
+    for deps in (command, command[:-2]):  # the packages themselves, installed or not; then what is not here
+        report = subprocess.run([*deps, "--report", "-", *wanted], check=True, capture_output=True, text=True).stdout
+        pins += [f"{m['name']}=={m['version']}" for m in (each["metadata"] for each in json.loads(report)["install"])]
+    return sorted(set(pins))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -113,8 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.no_wheels:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--pre", "--dest"]
-        subprocess.run([*command, str(args.folder / "wheels"), *WHEELS], check=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        subprocess.run([*command, str(args.folder / "wheels"), *missing(*WHEELS)], check=True)
     made = pairs_of_ids(512, 512)
     np.savez_compressed(
         args.folder / "ids.npz",
@@ -123,7 +133,7 @@ def main() -> None:
     )
     pairs_file(args.folder / "pairs.jsonl", 4096, 512)
     print(f"{args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
-    print("on the card's host: pip install --no-deps --no-index --find-links gpu-kit/wheels liger-kernel flash-attn-4")
+    print("on the card's host, with the same Python: pip install --no-deps --no-index gpu-kit/wheels/*.whl")
 
 
 if __name__ == "__main__":
