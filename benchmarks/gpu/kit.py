@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/kit.py gpu-kit [--no-wheels]
 
-The kit holds the wheels of liger-kernel and flash-attn-4, with what they need beyond anchor's own packages, and pairs with ready token ids (`ids.npz`):
-document lengths as of KURE's at 512, queries of 42 tokens. Weights are random, in the shape of Qwen3-0.6B, made on the
-card's host: they change no timing, and their bytes need not travel.
+The kit holds the wheels of liger-kernel and flash-attn-4, with what they need beyond anchor's own packages, and pairs
+with ready token ids (`ids.npz`): document lengths as of KURE's at 512, queries of 42 tokens. Weights are random, in the
+shape of Qwen3-0.6B, made on the card's host: they change no timing, and their bytes need not travel.
 """
 
 from __future__ import annotations
