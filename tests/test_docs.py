@@ -62,12 +62,21 @@ def test_commands_are_found() -> None:
     assert found == ["train run.json"] * 3  # torchrun, deepspeed, srun
 
 
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = [re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"(https?:|#|mailto:)", link):
-            assert (page.parent / link.split("#")[0]).exists(), f"{page.relative_to(ROOT)} -> {link}"
+            target, _, heading = link.partition("#")
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} -> {link}"
+            assert not heading or heading in anchors_of(page.parent / target), f"{page.relative_to(ROOT)} -> {link}"
 
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
