@@ -1,27 +1,29 @@
 """Stage II beside sentence-transformers' trainer: same model, rows, batches and loss, one CPU process, in turns.
 
-    python benchmarks/stage2_throughput.py --shared ../shared --out stage2.json
+    python benchmarks/stage2_throughput.py --shared ../shared --out stage2.jsonl
 
 Theirs, fp32, AdamW: `plain` (the loss on one graph of the whole batch), `grouped` (the same on batches of rows of
 like length: other batches, the least padding that a padded batch can have) and `cached` (GradCache, micro-batches by
 tokens as large as ours, which sorts texts by length). Its path without padding (flash attention with flattened inputs)
 needs a GPU. Ours: the objective and engine of `anchor train`, on one graph or in micro-batches.
 
-Each measurement is a process of its own; CPU seconds are compared, because other programs on the machine disturb these
-less than wall seconds. The model: Qwen3 of 4 layers x 256 with a BPE of 16,384 tokens learned on the rows.
+A process a side, in turns; CPU seconds are compared, because other programs on the machine disturb these less than
+wall seconds; peak memory is counted anew for every measurement (VmHWM, Linux). The model: Qwen3 of 4 layers x 256 with
+a BPE of 16,384 tokens learned on the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def prepare_rows(shared: Path, folder: Path, model: Path, num_negatives: int, le
     prepare([str(folder / "rows.jsonl")], folder / "out", tokenizer=model, max_seq_length=length, options=options)
 
 
-def ours(options: argparse.Namespace) -> list[tuple[float, float]]:
+def ours(kind: str, cell: argparse.Namespace) -> list[tuple[float, float]]:
     """(wall, CPU) seconds of every step."""
     import torch
 
@@ -72,27 +74,36 @@ def ours(options: argparse.Namespace) -> list[tuple[float, float]]:
     from anchor_cli.model.backbone import load_backbone
     from anchor_cli.spec.deepspeed import load_ds_config, resolve_ds_config
     from anchor_cli.spec.spec import RunSpec
-    from anchor_cli.train.deepspeed import build_engine, start_processes
+    from anchor_cli.train.deepspeed import build_engine
     from anchor_cli.train.stages.contrast import Contrast
 
-    ranks, data = start_processes(), options.folder / "out"
-    values = {"model_name_or_path": str(options.model), "dataset_file_path": "x", "stage": "II", "temperature": 0.05}
-    spec = RunSpec.model_validate({**values, "precision": "float32", "max_seq_length": options.length})
+    ranks, data = processes(), cell.folder / "out"
+    values = {"model_name_or_path": str(cell.model), "dataset_file_path": "x", "stage": "II", "temperature": 0.05}
+    spec = RunSpec.model_validate({**values, "precision": "float32", "max_seq_length": cell.length})
     objective = Contrast(spec, read_contract(data), PreparedPairs.open(data), ranks)
-    keys = {"seed": spec.seed, "world_size": 1, "total_steps": options.steps}
-    plan = objective.plan(global_batch_size=options.rows, token_budget=options.budget, **keys)
+    keys = {"seed": spec.seed, "world_size": 1, "total_steps": cell.steps}
+    plan = objective.plan(
+        global_batch_size=cell.rows, token_budget=CACHED if kind == "ours cached" else ONE_GRAPH, **keys
+    )
     raw = load_ds_config("zero2_fp32", ".")
     config = resolve_ds_config(
         raw, spec, gradient_accumulation_steps=plan.num_micro_batches, micro_batch_size=1, world_size=1
     )
-    module = objective.module(load_backbone(options.model, dtype=torch.float32), "sdpa", "eos_token").train()
+    module = objective.module(load_backbone(cell.model, dtype=torch.float32), "sdpa", "eos_token").train()
     engine, _ = build_engine(module, spec, config, ranks.device)
     seconds = []
-    for ready in objective.feed(plan).steps(0, options.steps):
+    for ready in objective.feed(plan).steps(0, cell.steps):
         begin = time.perf_counter(), time.process_time()
         objective.update(engine, ready, 1e-5)
         seconds.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     return seconds
+
+
+@cache
+def processes() -> Any:
+    from anchor_cli.train.deepspeed import start_processes
+
+    return start_processes()
 
 
 def columns_of(folder: Path) -> dict[str, list[str]]:
@@ -106,17 +117,17 @@ def columns_of(folder: Path) -> dict[str, list[str]]:
     return columns
 
 
-def batches_of(options: argparse.Namespace, positives: list[str]) -> list[list[int]]:
+def batches_of(kind: str, cell: argparse.Namespace, positives: list[str]) -> list[list[int]]:
     """The rows of every step: ours, or of like length."""
     from anchor_cli.data.batches import epoch_order
 
     order = epoch_order(len(positives), 42, 0).tolist()  # the seed of a spec that names none
-    if options.one == "grouped":
+    if kind == "grouped":
         order.sort(key=lambda row: len(positives[row]))
-    return [order[step * options.rows : (step + 1) * options.rows] for step in range(options.steps)]
+    return [order[step * cell.rows : (step + 1) * cell.rows] for step in range(cell.steps)]
 
 
-def theirs(options: argparse.Namespace) -> list[tuple[float, float]]:
+def theirs(kind: str, cell: argparse.Namespace) -> list[tuple[float, float]]:
     """(wall, CPU) seconds of every step, by the trainer's own callbacks."""
     from datasets import Dataset
     from sentence_transformers import (
@@ -129,16 +140,15 @@ def theirs(options: argparse.Namespace) -> list[tuple[float, float]]:
     from sentence_transformers.base.sampler import DefaultBatchSampler
     from transformers import TrainerCallback
 
-    columns = columns_of(options.folder)
-    word = models.Transformer(str(options.model), max_seq_length=options.length)
+    columns = columns_of(cell.folder)
+    word = models.Transformer(str(cell.model), max_seq_length=cell.length)
     pooling = models.Pooling(word.get_word_embedding_dimension(), pooling_mode="lasttoken")
     encoder = SentenceTransformer(modules=[word, pooling, models.Normalize()], device="cpu")
     loss: Any = losses.MultipleNegativesRankingLoss(encoder, scale=20.0)
-    if options.one == "cached":
-        tokens = options.budget
-        loss = losses.CachedMultipleNegativesRankingLoss(encoder, scale=20.0, mini_batch_num_tokens=tokens)
+    if kind == "cached":
+        loss = losses.CachedMultipleNegativesRankingLoss(encoder, scale=20.0, mini_batch_num_tokens=CACHED)
     seconds: list[tuple[float, float]] = []
-    batches = batches_of(options, columns["positive"])
+    batches = batches_of(kind, cell, columns["positive"])
 
     class Ordered(DefaultBatchSampler):
         def __iter__(self) -> Iterator[list[int]]:
@@ -152,7 +162,7 @@ def theirs(options: argparse.Namespace) -> list[tuple[float, float]]:
             seconds.append((time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]))
 
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(options.folder / "theirs"), per_device_train_batch_size=options.rows, max_steps=options.steps,
+        output_dir=str(cell.folder / "theirs"), per_device_train_batch_size=cell.rows, max_steps=cell.steps,
         learning_rate=1e-5, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, batch_sampler=Ordered,
         dataloader_drop_last=True,
     )  # fmt: skip
@@ -162,62 +172,72 @@ def theirs(options: argparse.Namespace) -> list[tuple[float, float]]:
     return seconds
 
 
-def one(options: argparse.Namespace) -> None:
-    seconds = (ours if options.one == "ours" else theirs)(options)
-    wall, cpu = sum(w for w, _ in seconds), sum(c for _, c in seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({"pairs": options.rows * len(seconds), "wall_s": wall, "cpu_s": cpu, "peak_gb": peak}))
+SIDES: dict[str, tuple[Callable[[str, argparse.Namespace], list[tuple[float, float]]], tuple[str, ...]]] = {
+    "ours": (ours, ("ours", "ours cached")),
+    "theirs": (theirs, ("plain", "grouped", "cached")),
+}
 
 
-def measure(name: str, budget: int, options: argparse.Namespace, model: Path, folder: Path) -> dict[str, float]:
-    values = {"one": name, "model": model, "folder": folder, "budget": budget, "length": options.length}
-    values |= {"rows": options.rows, "steps": options.steps}
-    command = [sys.executable, __file__, *(text for key, value in values.items() for text in (f"--{key}", str(value)))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def one_side(options: argparse.Namespace) -> None:
+    """Every measurement of a side, a line of JSON each."""
+    run, kinds = SIDES[options.side]
+    for cell in cells_of(options):
+        for kind in kinds:
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            before = memory_gb("VmRSS")
+            seconds = run(kind, cell)
+            facts = {"negatives": cell.negatives, "length": cell.length, "kind": kind, "before_gb": before}
+            facts |= {"pairs": cell.rows * len(seconds), "peak_gb": memory_gb("VmHWM")}
+            facts |= {"wall_s": sum(wall for wall, _ in seconds), "cpu_s": sum(cpu for _, cpu in seconds)}
+            with options.out.open("a") as file:
+                file.write(json.dumps(facts) + "\n")
+
+
+def memory_gb(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1e6
+
+
+def cells_of(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """What is measured: rows of a number of negatives, cut at a length."""
+    for negatives in options.negatives:
+        for length in options.lengths:
+            folder = options.scratch / f"{negatives}-{length}"
+            more = {"negatives": negatives, "length": length, "rows": ROWS[negatives], "folder": folder}
+            yield argparse.Namespace(**more, steps=options.steps, model=options.scratch / "model")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--out", type=Path, default=Path("stage2_throughput.json"))
+    parser.add_argument("--out", type=Path, default=Path("stage2_throughput.jsonl"), help="lines are appended")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--negatives", type=int, nargs="+", default=[0, 7])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--turns", type=int, default=2)
-    for name in ("--one", "--folder", "--model", "--length", "--budget", "--rows"):
-        kind = str if name == "--one" else Path if name in ("--folder", "--model") else int
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        one(options)
+    if options.side:
+        one_side(options)
         return
-    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / "model"
-        write_model(options.shared, model)
-        for negatives in options.negatives:
-            for length in options.lengths:
-                folder = Path(scratch) / f"{negatives}-{length}"
-                folder.mkdir()
-                options.length, options.rows = length, ROWS[negatives]
-                prepare_rows(options.shared, folder, model, negatives, length, options.rows * options.steps)
-                kinds = {"ours": ONE_GRAPH, "plain": 0, "grouped": 0, "ours cached": CACHED, "cached": CACHED}
-                runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-                for _ in range(options.turns):
-                    for kind, budget in kinds.items():
-                        runs[kind].append(measure(kind.split()[0], budget, options, model, folder))
-                results.append({"length": length, "negatives": negatives, "rows": options.rows, "runs": runs})
-                options.out.write_text(json.dumps(results, indent=1))
-                for kind, measured in runs.items():
-                    pairs, cpu = (sum(run[key] for run in measured) for key in ("pairs", "cpu_s"))
-                    peak = max(run["peak_gb"] for run in measured)
-                    print(f"{negatives} negatives, {length} tokens, {kind}: {pairs / cpu:.3f} pairs a CPU second,"
-                          f" peak {peak:.2f} GB", flush=True)  # fmt: skip
+        options.scratch = Path(scratch)
+        write_model(options.shared, options.scratch / "model")
+        for cell in cells_of(options):
+            cell.folder.mkdir()
+            prepare_rows(options.shared, cell.folder, cell.model, cell.negatives, cell.length, cell.rows * cell.steps)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        for side in options.turns * list(SIDES):
+            command = [sys.executable, *sys.argv, "--side", side, "--scratch", scratch]
+            subprocess.run(command, env=environment, check=True)
+    lines = [json.loads(line) for line in options.out.read_text().splitlines()]
+    for key in dict.fromkeys((line["negatives"], line["length"], line["kind"]) for line in lines):
+        runs = [line for line in lines if (line["negatives"], line["length"], line["kind"]) == key]
+        pairs, cpu = (sum(run[name] for run in runs) for name in ("pairs", "cpu_s"))
+        peak = max(run["peak_gb"] for run in runs)
+        print(*key, f"{pairs / cpu:.3f} pairs a CPU second, peak {peak:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from anchor_cli.base.errors import InputError
-from anchor_cli.commands.demo import next_commands
-from anchor_cli.demo.demo import Outcome, Recipe, run_demo
+from anchor_cli.commands.demo import next_commands, show
+from anchor_cli.demo.demo import Outcome, Recipe, StageTwo, run_demo
 
 
 def anchor(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -24,11 +24,11 @@ def anchor(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_whole_path_in_small(tmp_path: Path) -> None:
-    """With Stage II, which begins where the plain demo exports."""
+@pytest.mark.parametrize("stages", [[], pytest.param(["--stage2"], marks=pytest.mark.slow)], ids=["I", "I and II"])
+def test_the_whole_path_in_small(tmp_path: Path, stages: list[str]) -> None:
     out = tmp_path / "demo"
     size = ["--steps", "3", "--documents", "24"]
-    done = anchor("demo", "--stage2", "--out", str(out), *size, "--json", home=tmp_path / "home")
+    done = anchor("demo", *stages, "--out", str(out), *size, "--json", home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
     assert got == json.loads((out / "demo.json").read_text("utf-8"))
@@ -38,13 +38,29 @@ def test_the_whole_path_in_small(tmp_path: Path) -> None:
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert steps[-1]["step"] == 3 and any("eval/avg/ndcg@10" in line for line in steps)
     assert "What to type next" in done.stderr and "held-out questions, 24 documents" in done.stderr
+    assert ("stage2" in got) == bool(stages)
+    if not stages:
+        return
     two = got["stage2"]
     assert two["rows"] == 120 and 0 < two["negatives"] <= 4 * 120
     assert set(two["after"]["results"]) == set(got["after"]["results"])
     spec = json.loads((out / "stage2.json").read_text("utf-8"))
     assert spec["stage"] == "II" and spec["model_name_or_path"] == str(out / "run" / "checkpoint-3")
     assert "after contrastive training (Stage II)" in (out / "export" / "README.md").read_text("utf-8")
-    assert re.search(r"before.*Stage I .*Stage II", done.stderr) and "mining.html" in done.stderr
+    assert "mining.html" in done.stderr
+
+
+def test_the_table_has_a_column_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after, last = ({"results": {}, "avg": {"ndcg@10": score}} for score in (0.1, 0.2, 0.3))
+    outcome = Outcome(Recipe(), Path("demo"), Path("demo/run/checkpoint-7"), ["demo/world/beir-ko"], before, after)
+    show(outcome, on_stderr=False)
+    plain = capsys.readouterr().out
+    outcome.stage_two = StageTwo(Path("demo/stage2/checkpoint-1"), last, 2, 8)
+    show(outcome, on_stderr=False)
+    both = capsys.readouterr().out
+    assert re.search(r"before . +after ", plain) and re.search(r"0\.100 . +0\.200 .\n", plain)
+    assert re.search(r"before . Stage I . Stage II ", both) and re.search(r"0\.100 . +0\.200 . +0\.300 .\n", both)
+    assert "8 hard negatives for 2 rows" in both and "anchor eval checkpoint-1" in both
 
 
 def test_what_to_type_next_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
