@@ -22,7 +22,8 @@ from anchor_cli.model.reconstruction import ReconstructionModel
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # beyond it, layers would run uncompiled
+        yield
     torch._dynamo.reset()
 
 

@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.model.attention import PACKED_ATTENTION, choose_kernel, register
-from anchor_cli.model.backbone import apply_liger, checkpoint_activations, load_backbone
+from anchor_cli.model.backbone import checkpoint_activations, load_backbone
+from anchor_cli.model.fusing import decide_fusing, fuse
 from anchor_cli.model.packed import PairBatch, pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 from anchor_cli.plan.flops import ModelShape
@@ -45,7 +46,8 @@ def probe(spec: RunSpec, shape: ModelShape, made: Estimate) -> Probe:
     kernel = choose_kernel(spec.attn_implementation, device, dtype)
     backbone = _backbone(spec, dtype, made.cut.gradient_checkpointing)
     if device.type == "cuda":
-        apply_liger(backbone)
+        fusing = decide_fusing(spec.torch_compile, spec.liger, spec.model_name_or_path, device, dtype)
+        fuse(backbone, *fusing, device, dtype, selective=made.cut.selective)
         torch.cuda.reset_peak_memory_stats()
     model = ReconstructionModel(backbone, kernel=kernel).train().to(device)
     batch = _heaviest(spec, shape, made).to(device)
