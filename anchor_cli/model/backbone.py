@@ -137,10 +137,13 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor", selective:
     torch's partitioner keeps although it costs no matrix product: attention's normed input crosses two graphs. Its
     `activation_memory_budget` is no way to it: from 0.9 down to 0.7 the projection of keys is recomputed (counted).
     """
-    if selective:
-        import torch._functorch.config
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as partitioner
 
-        torch._functorch.config.ban_recompute_materialized_backward = False
+    # training and evaluation, static and dynamic lengths, whole and pruned: 8 variants of a function, torch's limit
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 16)
+    if selective:
+        partitioner.ban_recompute_materialized_backward = False
     decoder = model.get_decoder()
     decoder.norm.compile(backend=backend)
     for layer in decoder.layers:
