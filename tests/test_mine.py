@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -278,18 +277,23 @@ def real_oracle(
         yield [documents[at] for at in taken], [float(scores[at]) for at in taken]
 
 
-def mine_in_a_child(job: Mining, kill_after: float | None = None) -> bool:
-    """Mine in a forked process, which need not import torch again. Whether it was killed."""
+def mine_in_a_child(job: Mining, kill_at: int | None = None, delay: float = 0.0) -> bool:
+    """Mine in a forked process, which need not import torch again. Whether it was killed: `delay` seconds after it had
+    left `kill_at` files."""
     child = os.fork()
     if child == 0:
         try:
             finish(job, *mine_rank(job, 0, 1, 0))
         finally:
             os._exit(0 if (job.out / "mining.html").exists() else 1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
+    ended, status = os.waitpid(child, 0 if kill_at is None else os.WNOHANG)
+    while not ended:
+        if len(list(job.out.parent.rglob("*"))) >= kill_at:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            kill_at = sys.maxsize
+        time.sleep(0.01)
+        ended, status = os.waitpid(child, os.WNOHANG)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
 
@@ -309,7 +313,6 @@ def test_real_rows_are_the_oracles_and_ten_kills_give_the_same_bytes(
     Path("whole").mkdir()
     Path("killed").mkdir()
     job = Mining(Path("pairs"), Path("model"), Path("whole/mined"), Rules(), work_dir=Path("whole/work"))
-    started = time.monotonic()
     store, corpus = mine_rank(job, 0, 1, 0)
     vectors = [np.array(store.vectors(name, num, 32)) for name, num in
                (("queries", corpus.num_queries), ("documents", corpus.num_documents))]  # fmt: skip
@@ -320,7 +323,6 @@ def test_real_rows_are_the_oracles_and_ten_kills_give_the_same_bytes(
     )  # fmt: skip
     job = replace(job, rules=rules)
     assert not mine_in_a_child(job)  # the embeddings are there
-    seconds = time.monotonic() - started
     documents = [corpus.document(at) for at in range(corpus.num_documents)]
     got = PreparedPairs.open("whole/mined")
     pairs_of_vectors = vectors[0][corpus.query_of_row], vectors[1]
@@ -330,20 +332,16 @@ def test_real_rows_are_the_oracles_and_ten_kills_give_the_same_bytes(
         assert got.list_cell("negative_scores", row, np.float32).tolist() == np.float32(negative_scores).tolist(), row
         counts[len(negatives)] += 1
     again = replace(job, out=Path("killed/mined"), work_dir=Path("killed/work"))
-    generator, killed = random.Random(1), 0
-    while killed < 10:
-        if mine_in_a_child(again, generator.uniform(0, seconds / 6)):
-            killed += 1
-        else:  # done before it could be killed: from the start
-            shutil.rmtree("killed")
-            Path("killed").mkdir()
-    if not again.out.exists():
-        mine_in_a_child(again)
+    generator = random.Random(1)
+    moments = sorted(generator.sample(range(1, len(list(Path("whole/work").iterdir())) + 4), 10))
+    killed = sum(mine_in_a_child(again, moment, generator.uniform(0, 0.5)) for moment in moments)
+    assert killed == 10
+    assert not mine_in_a_child(again)
     names = sorted(path.name for path in Path("whole/mined").glob("*.arrow")) + ["mining.html"]
     for name in names:
         assert Path("killed/mined", name).read_bytes() == Path("whole/mined", name).read_bytes(), name
     print(f"{len(pairs)} rows, {corpus.num_documents} documents; negatives a row {dict(sorted(counts.items()))}; "
-          f"rejected {dict(mine.results(store, corpus).rejected)}; {seconds:.0f} s whole, {killed} kills")  # fmt: skip
+          f"rejected {dict(mine.results(store, corpus).rejected)}; {killed} kills")  # fmt: skip
 
 
 def anchor(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
