@@ -4,7 +4,7 @@
     python benchmarks/pretrained/study.py --state ~/.cache/anchor/study --draw          # the page and its picture
 
 The tasks of `tasks()` are done in order; the result of each is appended to STATE/results.jsonl, and what is there is
-not done again. Training is `anchor train`, which resumes by itself: a killed study loses twenty steps at most. The
+not done again. Training is `anchor train`, which resumes by itself: a killed study loses ten steps at most. The
 order is chosen so that whatever has been run means something: a pass is complete before a larger one begins, and goes
 over all arms in rounds; the second seed follows the first.
 """
@@ -190,7 +190,7 @@ class Study:
             "precision": "float32",
             "attn_implementation": "sdpa",
             "gradient_checkpointing": False,
-            "save_steps": 20,
+            "save_steps": 10,
             "save_total_limit": 1,
             "logging_steps": 1,
             "stop_after_n_steps": steps,

@@ -123,7 +123,8 @@ def llamacpp(export: str, groups: list[Group], work: Path) -> Answer:
     vectors: list[Any] = []
     for group in groups:
         for text, fits in zip(group["texts"], group["fits"], strict=True):
-            whole = group["prompt"].rstrip(" ") + text.strip() if not text.strip() else group["prompt"] + text.strip()
+            is_document = group["prompt_name"] == "document"
+            whole = group["prompt"] + text.strip() if is_document else (group["prompt"] + text).rstrip()
             answer = server.handle_embeddings({"input": whole + eos}) if fits else None
             vectors.append(answer["data"][0]["embedding"] if answer else None)
     (work / "model.gguf").unlink()

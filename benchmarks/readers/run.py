@@ -260,7 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "anchor" / "readers")
     parser.add_argument("--only", nargs="+", choices=list(READERS), default=list(READERS), metavar="READER")
-    parser.add_argument("--export", type=Path, nargs="+", help="your exports; nothing is written to the page then")
+    parser.add_argument(
+        "--export", type=Path, nargs="+", help="your exports; the result is printed as JSON, and the page left alone"
+    )
     args = parser.parse_args()
     cache = args.cache.absolute()
     exports = args.export or [demo_export(cache), smollm2_export(cache)]
@@ -281,6 +283,8 @@ def main() -> None:
                 results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
                 RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
                 write_table(results)
+    if args.export:
+        print(json.dumps(results, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":
