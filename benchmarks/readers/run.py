@@ -203,6 +203,9 @@ def judged(answer: dict[str, Any], texts: Texts) -> dict[str, Any]:
     """Vectors of a reader (None: it was not given that text) against ours, text by text."""
     kept = [index for index, vector in enumerate(answer["vectors"]) if vector is not None]
     theirs = np.array([answer["vectors"][index] for index in kept], dtype=np.float64)
+    about = {key: answer.get(key) for key in ("versions", "setting", "not_given")}
+    if broken := int((~np.isfinite(theirs)).any(axis=1).sum()):
+        return about | {"outcome": "cannot", "why": f"{broken} of {len(kept)} vectors are not finite"}
     a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (texts.vectors[kept], theirs))
     away = 1 - (a * b).sum(axis=1)
     bad = [(texts.names[index], float(value)) for index, value in zip(kept, away) if not value <= TOLERANCE]
@@ -213,9 +216,7 @@ def judged(answer: dict[str, Any], texts: Texts) -> dict[str, Any]:
         "largest": float(away.max()),
         "median": float(np.median(away)),
         "differing": bad,
-        "versions": answer["versions"],
-        "setting": answer["setting"],
-        "not_given": answer.get("not_given"),
+        **about,
     }
     if answer.get("ids"):
         row["num_other_ids"] = sum(texts.ids[index] != answer["ids"][index] for index in kept)
