@@ -189,10 +189,13 @@ def _mine_chunk(
             short = []
             for query, candidates, scores in zip(todo.tolist(), found.documents, found.scores, strict=True):
                 never = _never(corpus, query, candidates, rules)
-                possible = len(candidates) - int(np.logical_or.reduce(list(never.values())).sum())
-                if possible < rules.range_max and wanted < corpus.num_documents:
+                possible = np.cumsum(~np.logical_or.reduce(list(never.values())))  # (k,) candidates up to each place
+                if possible[-1] < rules.range_max and wanted < corpus.num_documents:
                     short.append(query)
                     continue
+                end = int(np.searchsorted(possible, rules.range_max)) + 1  # counts depend on the rules alone
+                candidates, scores = candidates[:end], scores[:end]
+                never = {reason: mask[:end] for reason, mask in never.items()}
                 rows += _rows_of_query(corpus, query, candidates, scores, never, queries, documents, rules, rejected)
             todo, wanted = np.array(short, np.int64), 4 * wanted
     rows.sort(key=lambda mined: mined.row)
