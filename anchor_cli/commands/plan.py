@@ -122,8 +122,8 @@ def _work(made: Estimate) -> list[tuple[str, str]]:
         ("texts", f"{work.texts_per_step:,} a step: {steps.global_batch_size:,} rows with {work.mean_negatives:.1f} "
                   f"negatives on average; blocks of {work.block_rows:,} rows, {work.candidates:,} candidates a query"),
         ("loss", f"{work.gathered_bytes / GB:.2f} GB of embeddings gathered by each rank a step, "
-                 f"{work.loss_bytes / GB:.1f} GB of memory, {work.loss_tflop:.2f} TFLOP on every rank; texts are "
-                 f"encoded {'twice' if work.encoded_twice else 'once'}"),
+                 f"{work.loss_bytes / GB:.1f} GB of memory, {work.loss_tflop:.2f} TFLOP on every rank; "
+                 f"{work.encoded_again:.0%} of the texts are encoded twice"),
     ]  # fmt: skip
     return [
         ("data", f"{steps.num_rows:,} pairs, {tokens.source}"),

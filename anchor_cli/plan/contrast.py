@@ -44,7 +44,8 @@ class ContrastWork:
     """Memory of embeddings, gradients and one chunk of scores."""
     loss_tflop: float
     """Scores and their two gradients, on every rank."""
-    encoded_twice: bool
+    encoded_again: float
+    """Share of the texts that are encoded a second time: all but those of a rank's first micro-batch."""
 
 
 def work_of(
@@ -66,7 +67,7 @@ def work_of(
         gathered_bytes=4.0 * texts * dimension * (world_size - 1) / world_size,
         loss_bytes=loss_bytes(texts, dimension),
         loss_tflop=flops / 1e12,
-        encoded_twice=micro_batches > 1,
+        encoded_again=1 - 1 / micro_batches,
     )
 
 

@@ -139,7 +139,7 @@ def contrast_time(
     mean_length = tokens / work.texts_per_step
     forward = flops.forward_flops(shape, np.full(work.texts_per_step, round(mean_length), dtype=np.int64))
     useful = (1 + flops.BACKWARD) * forward
-    again = forward * (int(work.encoded_twice) + int(cut.gradient_checkpointing))
+    again = forward * (work.encoded_again + int(cut.gradient_checkpointing))
     if throughput.tokens_per_s is not None:
         step_s, basis = tokens / throughput.tokens_per_s, throughput.basis
     elif hardware.gpu is not None:
