@@ -74,7 +74,7 @@ def test_every_cut_gives_the_gradient_of_one_plain_backward(
         timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    cuts = json.loads((tmp_path / "found.json").read_text())
+    cuts = json.loads((tmp_path / "cuts.json").read_text())
     assert len(cuts) == (54 if extent == "whole" else 15)
     assert {one["micro_batches"] for one in cuts} >= {1} and len({one["micro_batches"] for one in cuts}) == 3
     for one in cuts:

@@ -15,6 +15,8 @@ FILE_NAME = "anchor.json"
 TEXT_TEMPLATE = "<|im_start|>user\n{text}<|im_end|>"
 INSTRUCTION_KO = "주어진 질문에 대해 관련 문서를 검색하세요"
 INSTRUCTION_EN = "Retrieve relevant documents for the given query"
+NO_OTHERS = "*="
+"""`--instruction` that leaves languages without an instruction of their own without any: their rows are rejected."""
 PoolingMode = Literal["eos_token", "mean", "weighted_mean", "last_token"]
 
 

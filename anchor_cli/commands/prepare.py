@@ -39,7 +39,8 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="[LANG=]TEXT",
-            help="Instruction of training queries of one language, or of all others; may be repeated. [Korean]",
+            help="Instruction of training queries of one language, or of all others; may be repeated. '*=': of the "
+            "named languages only. [Korean]",
         ),
     ] = None,
     text_template: Annotated[
@@ -138,7 +139,7 @@ def _contract_options(
     spec: Path | None,
 ) -> dict[str, Any]:
     """What decides the token ids: the options, else the spec's values, else KURE's."""
-    from anchor_cli.base.contract import INSTRUCTION_KO, with_line_breaks
+    from anchor_cli.base.contract import INSTRUCTION_KO, NO_OTHERS, with_line_breaks
 
     options: dict[str, Any] = {"tokenizer": "Qwen/Qwen3-0.6B", "max_seq_length": 512, "stage": "I"}
     if spec is not None:
@@ -154,8 +155,9 @@ def _contract_options(
             "stage": run.stage,
         }
     if instruction:
-        others = options.get("training_instructions", {"*": INSTRUCTION_KO})
-        options["training_instructions"] = others | _instructions([with_line_breaks(text) for text in instruction])
+        named = _instructions([with_line_breaks(text) for text in instruction if text != NO_OTHERS])
+        others = {} if NO_OTHERS in instruction else options.get("training_instructions", {"*": INSTRUCTION_KO})
+        options["training_instructions"] = named | {key: others[key] for key in others if key not in named}
     text_template = with_line_breaks(text_template) if text_template else text_template
     given = {"tokenizer": tokenizer, "max_seq_length": max_seq_length, "text_template": text_template}
     return options | {key: value for key, value in given.items() if value is not None}

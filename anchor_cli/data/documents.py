@@ -8,6 +8,7 @@ from pathlib import Path
 from anchor_cli.base.errors import InputError
 from anchor_cli.data.benchmarks.beir import CORPUS_FILE, read_jsonl, read_texts
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
+from anchor_cli.data.pairs import MANIFEST
 from anchor_cli.data.prepare.parse import rows_of_part
 from anchor_cli.data.sources.files import Limits
 from anchor_cli.data.sources.sources import Source, SourceOptions, open_source
@@ -42,7 +43,8 @@ def _open(spec: str, column: str | None) -> Source:
     if column is not None:
         return open_source(spec, SourceOptions(query_column=column, document_column=column))
     try:
-        return open_source(spec, SourceOptions())
+        prepared = (Path(spec).expanduser() / MANIFEST).is_file()  # its columns are known
+        return open_source(spec, SourceOptions(reported=None) if prepared else SourceOptions())
     except InputError as error:
         try:
             return open_source(spec, SourceOptions(query_column=_TEXT, document_column=_TEXT))

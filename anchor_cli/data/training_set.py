@@ -13,7 +13,7 @@ from typing import Any
 
 from anchor_cli.base.console import say
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
-from anchor_cli.base.contract import TEXT_TEMPLATE, TextContract, differences, on_one_line, read_contract
+from anchor_cli.base.contract import NO_OTHERS, TEXT_TEMPLATE, TextContract, differences, on_one_line, read_contract
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.files import one_at_a_time
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
@@ -141,6 +141,8 @@ def prepare_command(spec: RunSpec, folder: Path) -> str:
         words += ["--text-template", on_one_line(spec.text_template)]
     for language, instruction in (spec.instructions or {}).items():
         words += ["--instruction", on_one_line(instruction if language == "*" else f"{language}={instruction}")]
+    if spec.instructions and "*" not in spec.instructions:
+        words += ["--instruction", NO_OTHERS]
     return shlex.join([*words, *(["--stage", "II"] if spec.stage == "II" else [])])
 
 
