@@ -60,19 +60,19 @@ def write_result(text: str, *, ascii_text: str | None = None) -> None:
             text.encode(sys.stdout.encoding or "ascii")
         except UnicodeEncodeError:
             text = ascii_text
-    with _words_for_stdout():
+    with _errors_of_stdout():
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
 def flush_results() -> None:
     """Raises RunError when stdout cannot take what was written; BrokenPipeError when its reader has gone."""
-    with _words_for_stdout():
+    with _errors_of_stdout():
         sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def _words_for_stdout() -> Iterator[None]:
+def _errors_of_stdout() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:

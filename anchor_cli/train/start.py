@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,8 @@ def build_run(
     fused: Fused = "compiled" if fusing[0] else "liger" if fusing[1] else "none"
     budget = budget_of(spec, objective, global_batch, ranks, raw, kernel, fused=fused)
     total = schedule.total_steps(pairs.num_rows, global_batch, spec.num_train_epochs, spec.max_steps)
-    plan_for = partial(
-        objective.plan,
-        seed=spec.seed,
-        global_batch_size=global_batch,
-        world_size=ranks.world_size,
-        total_steps=total,
-    )
+    keys = {"seed": spec.seed, "global_batch_size": global_batch, "world_size": ranks.world_size, "total_steps": total}
+    plan_for = cache(partial(objective.plan, **keys))  # a plan of millions of rows takes seconds
     budget = fewest_micro_batches(budget, lambda tokens: plan_for(token_budget=tokens).num_micro_batches)
     plan = plan_for(token_budget=budget.tokens)
     watchdog.phase("start-up (model)", None)
