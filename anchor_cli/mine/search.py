@@ -90,10 +90,13 @@ def _candidates(
     left = unit_rows(queries, device)
     best = torch.full((len(queries), width), -torch.inf, device=device)
     rows = torch.zeros((len(queries), width), dtype=torch.int64, device=device)
+    products = torch.empty(len(queries) * min(block, len(documents)), device=device)  # fresh memory costs as much again
     for start in range(0, len(documents), block):
-        scores = left @ unit_rows(documents[start : start + block], device).T  # (q, n)
+        right = unit_rows(documents[start : start + block], device)
+        scores = products[: len(queries) * len(right)].view(len(queries), len(right))
+        torch.mm(left, right.T, out=scores)  # (q, n)
         new, places = _above(scores, best.amin(dim=1, keepdim=True), width)
-        merged, taken = torch.cat([best, new], dim=1).topk(width, dim=1)
+        merged, taken = torch.cat([best, new], dim=1).topk(width, dim=1, sorted=False)
         rows = torch.cat([rows, places + start], dim=1).gather(1, taken)
         best = merged
     return rows.cpu().numpy(), best.amin(dim=1).double().cpu().numpy()
@@ -105,8 +108,9 @@ def _above(scores: Tensor, threshold: Tensor, width: int) -> tuple[Tensor, Tenso
     if num_documents <= width or bool((threshold == -torch.inf).all()):
         values, places = scores.topk(min(width, num_documents), dim=1, sorted=False)
         return values, places
-    padded = torch.nn.functional.pad(scores, (0, -num_documents % GROUP), value=-torch.inf)
-    groups = padded.view(num_queries, -1, GROUP)
+    if num_documents % GROUP:
+        scores = torch.nn.functional.pad(scores, (0, -num_documents % GROUP), value=-torch.inf)
+    groups = scores.view(num_queries, -1, GROUP)
     query, group = (groups.amax(dim=2) > threshold).nonzero(as_tuple=True)
     members = groups[query, group]  # (hits, GROUP)
     hit, place = (members > threshold[query]).nonzero(as_tuple=True)
