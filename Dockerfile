@@ -94,7 +94,7 @@ FROM runtime-${VARIANT} AS image
 ARG VARIANT
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="anchor" \
-      org.opencontainers.image.description="Stage I of Anchor Embedding: train text-embedding language models" \
+      org.opencontainers.image.description="Anchor Embedding, Stages I and II: train text-embedding language models" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       ai.anchor.variant="${VARIANT}"

@@ -53,11 +53,11 @@ config = found[0]["Config"] if isinstance(found, list) else found["OCIv1"]["conf
 print(json.dumps(config.get(sys.argv[1]), separators=(",", ":")))' "$1"
 }
 
-in_image() {  # run a command line in the image as its own user
+in_image() {  # run a command line in the image as its own user, or as AS
     if [ "$TOOL" = docker ]; then
-        docker run --rm --network none --entrypoint "$1" "$IMAGE" "${@:2}"
+        docker run --rm --network none ${AS:+--user "$AS"} --entrypoint "$1" "$IMAGE" "${@:2}"
     else
-        buildah run --isolation chroot "$CONTAINER" -- "$@"
+        buildah run --isolation chroot ${AS:+--user "$AS"} "$CONTAINER" -- "$@"
     fi
 }
 
@@ -91,9 +91,15 @@ echo "entry point $(config Entrypoint), user $(config User), labels $(config Lab
 ! in_image sh -c 'ls -a /src /work /home/anchor 2>/dev/null; true' | grep -qE '^(\.git|\.env|\.venv|\.netrc)$' || fail "more than the program is in it"
 echo "venv: $(in_image du -sm /opt/anchor | cut -f1) MB"
 
-step "anchor --version, anchor --help"
+step "anchor --version, anchor --help, also as a user whom the image does not know"
 in_image anchor --version
 in_image anchor --help >/dev/null
+AS=4711:4711 in_image sh -ec 'for folder in "$HOME" "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" /work; do touch "$folder/mine"; done
+    anchor --version' || fail "another user (--user) cannot write its caches or start anchor"
+in_image python -c 'from importlib.metadata import version, PackageNotFoundError
+for name in ("torch", "liger-kernel", "flash-attn", "flash-attn-4"):
+    try: print(name, version(name))
+    except PackageNotFoundError: print(name, "is not installed")'
 
 if [ "$VARIANT" = cuda ]; then
     step "a driver that is too old for this torch"
