@@ -7,15 +7,14 @@ like length: other batches, the least padding that a padded batch can have) and 
 tokens as large as ours, which sorts texts by length). Its path without padding (flash attention with flattened inputs)
 needs a GPU. Ours: the objective and engine of `anchor train`, on one graph or in micro-batches.
 
-A process a side, in turns; CPU seconds are compared, because other programs on the machine disturb these less than
-wall seconds; peak memory is counted anew for every measurement (VmHWM, Linux). The model: Qwen3 of 4 layers x 256 with
-a BPE of 16,384 tokens learned on the rows.
+A process for every measurement, in turns; CPU seconds are compared, because other programs on the machine disturb these
+less than wall seconds; peak memory is the process's (VmHWM, Linux), its libraries included. The model: Qwen3 of
+4 layers x 256 with a BPE of 16,384 tokens learned on the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -172,26 +172,24 @@ def theirs(kind: str, cell: argparse.Namespace) -> list[tuple[float, float]]:
     return seconds
 
 
-SIDES: dict[str, tuple[Callable[[str, argparse.Namespace], list[tuple[float, float]]], tuple[str, ...]]] = {
-    "ours": (ours, ("ours", "ours cached")),
-    "theirs": (theirs, ("plain", "grouped", "cached")),
+KINDS: dict[str, Callable[[str, argparse.Namespace], list[tuple[float, float]]]] = {
+    "ours": ours,
+    "plain": theirs,
+    "grouped": theirs,
+    "ours cached": ours,
+    "cached": theirs,
 }
 
 
-def one_side(options: argparse.Namespace) -> None:
-    """Every measurement of a side, a line of JSON each."""
-    run, kinds = SIDES[options.side]
-    for cell in cells_of(options):
-        for kind in kinds:
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = memory_gb("VmRSS")
-            seconds = run(kind, cell)
-            facts = {"negatives": cell.negatives, "length": cell.length, "kind": kind, "before_gb": before}
-            facts |= {"pairs": cell.rows * len(seconds), "peak_gb": memory_gb("VmHWM")}
-            facts |= {"wall_s": sum(wall for wall, _ in seconds), "cpu_s": sum(cpu for _, cpu in seconds)}
-            with options.out.open("a") as file:
-                file.write(json.dumps(facts) + "\n")
+def measure(options: argparse.Namespace) -> None:
+    """One kind in one cell, as a line of JSON."""
+    (cell,) = cells_of(options)
+    seconds = KINDS[options.kind](options.kind, cell)
+    facts = {"negatives": cell.negatives, "length": cell.length, "kind": options.kind}
+    facts |= {"pairs": cell.rows * len(seconds), "peak_gb": memory_gb("VmHWM")}
+    facts |= {"wall_s": sum(wall for wall, _ in seconds), "cpu_s": sum(cpu for _, cpu in seconds)}
+    with options.out.open("a") as file:
+        file.write(json.dumps(facts) + "\n")
 
 
 def memory_gb(key: str) -> float:
@@ -216,11 +214,11 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, nargs="+", default=[0, 7])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=list(KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        one_side(options)
+    if options.kind:
+        measure(options)
         return
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = Path(scratch)
@@ -229,8 +227,9 @@ def main() -> None:
             cell.folder.mkdir()
             prepare_rows(options.shared, cell.folder, cell.model, cell.negatives, cell.length, cell.rows * cell.steps)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        for side in options.turns * list(SIDES):
-            command = [sys.executable, *sys.argv, "--side", side, "--scratch", scratch]
+        for cell, kind in options.turns * list(product(cells_of(options), KINDS)):
+            one = ["--kind", kind, "--negatives", str(cell.negatives), "--lengths", str(cell.length)]
+            command = [sys.executable, *sys.argv, *one, "--scratch", scratch]
             subprocess.run(command, env=environment, check=True)
     lines = [json.loads(line) for line in options.out.read_text().splitlines()]
     for key in dict.fromkeys((line["negatives"], line["length"], line["kind"]) for line in lines):
