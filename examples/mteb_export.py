@@ -13,9 +13,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import mteb
-from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
-from sentence_transformers import SentenceTransformer
+try:
+    import mteb
+    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer
+except ImportError as error:
+    raise SystemExit(f'{error}; pip install "mteb>=2.26" "sentence-transformers>=6"') from None
 
 PROMPT_OF = {"kor": "query_ko", "eng": "query_en"}
 

@@ -294,6 +294,8 @@ def test_lengths_that_are_given_or_assumed() -> None:
     assert means(mean_query=30, mean_document=700) == (30, 700)
     short = rows_of(spec(dataset_file_path="/nowhere", max_seq_length=512), 100_000)
     assert round(float(short.document_lengths.mean())) == 369
+    cut = rows_of(spec(dataset_file_path="/nowhere", max_seq_length=64), 100, mean_query=20, mean_document=300)
+    assert cut.source == "given: queries of 20, documents of 64 tokens on average, cut at max_seq_length 64"
 
 
 def test_prepared_rows_as_a_sample_of_more(small_model: Path, tmp_path: Path) -> None:

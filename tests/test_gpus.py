@@ -106,7 +106,8 @@ def test_every_command_says_it(
     host(monkeypatch, "550.54.15", FakeCuda(12040), ("2.13.0", "13.0"))
     path = str(spec_file(tmp_path, small_model))
     reason = "2 GPUs (NVIDIA H100 NVL) cannot be used: driver 550.54.15 runs CUDA 12.4 at most"
-    for command in (["train", path], ["train", path, "--device", "cuda"], ["plan", path, "--probe"]):
+    demo = ["demo", "--out", str(tmp_path / "out")]
+    for command in (["train", path], ["train", path, "--device", "cuda"], ["plan", path, "--probe"], demo):
         assert run(command) == 2
         assert reason in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be used"):

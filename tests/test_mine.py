@@ -243,6 +243,7 @@ def test_a_cross_encoders_scores_stand_beside_the_cosines(prepared: Path, small_
         assert got.cell(row, "cross_encoder_positive_score") == CrossEncoderOfLengths.of(query, positive)
     page = (tmp_path / "out" / "mining.html").read_text()
     assert page.count("<th>cross-encoder</th>") == 20
+    assert "num_negatives" in page and ">null<" not in page  # rules that are not set are left out
 
 
 def real_oracle(

@@ -47,6 +47,8 @@ def assumed_rows(num_rows: int, spec: RunSpec, mean_query: int | None = None, me
     negatives = assumed_negatives(num_rows, document, spec) if spec.stage == "II" else None
     kind = "given" if mean_query and mean_document else "assumed"
     source = f"{kind}: queries of {query}, documents of {document} tokens on average"
+    if max(mean_query or 0, mean_document or 0) > spec.max_seq_length:
+        source += f", cut at max_seq_length {spec.max_seq_length}"
     return Rows(queries, lengths, targets, None, source, negatives)
 
 
