@@ -127,7 +127,7 @@ KOREAN = [("README.md", "README.ko.md"), ("docs/tutorial.md", "docs/tutorial.ko.
 
 @pytest.mark.parametrize(("english", "korean"), KOREAN)
 def test_the_korean_page_keeps_step(english: str, korean: str) -> None:
-    """Same headings by level, same blocks of commands and code, same lists, same links (but for each other)."""
+    """Same headings by level, same commands and code, same lists, same links (but for each other)."""
     ours, theirs = ROOT / korean, ROOT / english
     assert headings(ours) == headings(theirs)
 
@@ -150,6 +150,11 @@ def test_the_korean_page_keeps_step(english: str, korean: str) -> None:
         return {link.split("#")[0].replace(".ko.md", ".md") for link in named} - {Path(english).name, ""}
 
     assert links(ours) == links(theirs)
+
+    def named_commands(page: Path) -> set[str]:
+        return set(re.findall(r"`((?:anchor|make|pip) [^`\n]+)`", page.read_text(encoding="utf-8")))
+
+    assert named_commands(ours) == named_commands(theirs)
     assert len(re.findall(r"[가-힣]", ours.read_text(encoding="utf-8"))) > 500
 
 
