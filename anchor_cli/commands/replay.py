@@ -39,7 +39,10 @@ def replay(
     _table(replayed)
     bad = [row for micro in replayed.micro_batches for row in micro.non_finite_rows]
     for row in bad:
-        say(f"row {row.row}: d2q {row.d2q_loss:.4g}, q2d {row.q2d_loss:.4g}, gradient norm {row.grad_norm:.4g}")
+        if row.grad_norm is None:
+            say(f"row {row.row}: the embedding of one of its texts, or the gradient by it, is not finite")
+        else:
+            say(f"row {row.row}: d2q {row.d2q_loss:.4g}, q2d {row.q2d_loss:.4g}, gradient norm {row.grad_norm:.4g}")
         say(f"  query: {row.query}")
         say(f"  document: {row.document}")
     if replayed.finite:
@@ -54,12 +57,14 @@ def _table(replayed: Replay) -> None:
     from anchor_cli.base.console import console
 
     start = replayed.checkpoint or "the beginning"
-    table = Table(title=f"{replayed.run}: step {replayed.step}, from {start}", title_justify="left")
-    for name in ("rank", "micro-batch", "rows", "loss share", "gradient norm", "rows not finite"):
+    title = f"{replayed.run}: step {replayed.step}, from {start}, loss {replayed.loss:.4g}"
+    table = Table(title=title, title_justify="left")
+    shares = ["loss share"] if replayed.micro_batches[0].loss is not None else []  # Stage II's loss has none
+    for name in ("rank", "micro-batch", "rows", *shares, "gradient norm", "rows not finite"):
         table.add_column(name, justify="right")
     for one in replayed.micro_batches:
         names = ", ".join(str(row.row) for row in one.non_finite_rows)
         state = "" if one.finite else names or "all together"
-        numbers = f"{one.loss:.4g}", f"{one.grad_norm:.4g}"
+        numbers = [f"{number:.4g}" for number in (one.loss, one.grad_norm) if number is not None]
         table.add_row(str(one.rank), str(one.index), str(len(one.rows)), *numbers, state)
     console().print(table)

@@ -42,10 +42,10 @@ class RowFinding:
     """One row run alone, with the loss weights of the step."""
 
     row: int
-    d2q_loss: float
-    """Mean over its query targets, nats."""
-    q2d_loss: float
-    grad_norm: float
+    d2q_loss: float | None
+    """Mean over its query targets, nats; None in Stage II, as the next two: a row has no loss of its own there."""
+    q2d_loss: float | None
+    grad_norm: float | None
     finite: bool
     query: str
     """Its first 80 characters."""
@@ -59,8 +59,8 @@ class MicroBatchFinding:
     rank: int
     index: int
     rows: list[int]
-    loss: float
-    """Its share of the step's loss."""
+    loss: float | None
+    """Its share of the step's loss; None in Stage II, where it has none."""
     grad_norm: float
     finite: bool
     non_finite_rows: list[RowFinding]
@@ -73,6 +73,8 @@ class Replay:
     run: str
     step: int
     checkpoint: str | None
+    loss: float
+    """Of the whole step."""
     micro_batches: list[MicroBatchFinding]
 
     @property
@@ -112,8 +114,8 @@ def replay(run_folder: Path, step: int) -> Replay:
             if ready.step not in run.skipped_steps:
                 run.update(ready)
             done.advance()
-    findings = look(run, as_cut(run, step)) if spec.stage == "I" else look_at_texts(run, step)
-    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, findings)
+    loss, findings = look(run, as_cut(run, step)) if spec.stage == "I" else look_at_texts(run, step)
+    return Replay(str(run_folder), step, str(checkpoint) if checkpoint else None, loss, findings)
 
 
 def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
@@ -142,20 +144,21 @@ def cut_of(run: Run) -> dict[str, Any]:
     return {key: run.state[key] for key in ("world_size", "num_micro_batches") if key in run.state}
 
 
-def look(run: Run, step: StepRows) -> list[MicroBatchFinding]:
-    """Every micro-batch of a step alone; the rows of those that are not finite."""
+def look(run: Run, step: StepRows) -> tuple[float, list[MicroBatchFinding]]:
+    """The step's loss; every micro-batch alone, with the rows of those that are not finite."""
     ready = run.feed.step(step.step)
     assert isinstance(run.objective, Reconstruction)
     weights = run.objective.scales(ready)
-    findings = []
+    total, findings = 0.0, []
     for rank, micro_batches in enumerate(step.micro_batches):
         for index, rows in enumerate(micro_batches):
             _, _, loss, norm = alone(run, rows, weights)
+            total += loss
             finite = math.isfinite(loss) and math.isfinite(norm)
             one_by_one = [] if finite else [look_at_row(run, int(row), weights) for row in rows]
             bad = [row for row in one_by_one if not row.finite]
             findings.append(MicroBatchFinding(rank, index, rows.tolist(), loss, norm, finite, bad))
-    return findings
+    return total, findings
 
 
 def look_at_row(run: Run, row: int, weights: tuple[float, float]) -> RowFinding:
@@ -179,11 +182,10 @@ def alone(run: Run, rows: npt.NDArray[np.int64], weights: tuple[float, float]) -
     return *means, float(out.loss.detach()), norm
 
 
-def look_at_texts(run: Run, step: int) -> list[MicroBatchFinding]:
-    """Stage II: every micro-batch of texts alone, under the gradient of the step's loss by their embeddings.
+def look_at_texts(run: Run, step: int) -> tuple[float, list[MicroBatchFinding]]:
+    """Stage II: the step's loss; every micro-batch of texts alone, under the gradient of that loss by their embeddings.
 
-    `loss` is that of the whole step: a micro-batch has no share of it. Non-finite rows are those of texts whose
-    embedding, or the gradient by it, is not finite.
+    Non-finite rows are those of texts whose embedding, or the gradient by it, is not finite.
     """
     assert isinstance(run.objective, Contrast)
     feed: ContrastFeed = run.feed
@@ -205,14 +207,14 @@ def look_at_texts(run: Run, step: int) -> list[MicroBatchFinding]:
             bad = sorted({texts.places[text][0] for text in batch[~finite[batch]].tolist()})
             lines = [text_finding(run, row) for row in bad]
             good = not bad and math.isfinite(norm) and math.isfinite(float(loss))
-            findings.append(MicroBatchFinding(rank, index, rows, float(loss), norm, good, lines))
-    return findings
+            findings.append(MicroBatchFinding(rank, index, rows, None, norm, good, lines))
+    return float(loss), findings
 
 
 def text_finding(run: Run, row: int) -> RowFinding:
     """A row with a text that is not finite."""
     query, document, _ = run.pairs.texts(row)
-    return RowFinding(row, math.nan, math.nan, math.nan, False, query[:80], document[:80])
+    return RowFinding(row, None, None, None, False, query[:80], document[:80])
 
 
 def trained(run: Run) -> list[torch.nn.Parameter]:
