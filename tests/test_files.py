@@ -89,6 +89,19 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     assert done == ["a", f".result.partial-{socket.gethostname()}-{os.getpid()}", "rename", tmp_path.name]
 
 
+def test_a_process_that_nobody_has_reaped_is_dead(tmp_path: Path) -> None:
+    """Killed, its exit code not asked for: in a container without an init process it stays so."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    left = tmp_path / f".data.partial-{files.this_host()}-{process.pid}"
+    assert not files.is_abandoned(left)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and keeps its number
+    os.kill(process.pid, 0)
+    assert files.is_abandoned(left)
+    process.communicate()
+    assert files.is_abandoned(left)
+
+
 def test_only_what_a_dead_process_of_this_host_left_is_abandoned(tmp_path: Path) -> None:
     dead = 2**22 + 1  # above the highest process number of Linux
     here = socket.gethostname()
