@@ -75,6 +75,7 @@ def test_every_step_logs_what_the_positive_was_up_against(whole: Path) -> None:
         assert 0 < line[names.DROPPED_SHARE] < 1 and line[names.TEMPERATURE] == 0.05
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "Accuracy of the positive" in page and "Dropped candidates" in page
+    assert "Stage II report" in page and "nats per query" in page and "target token" not in page
 
 
 def test_killed_in_a_step_and_in_a_save_it_ends_as_if_nothing_had_happened(

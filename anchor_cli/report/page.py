@@ -59,6 +59,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         title=f"{len(runs)} runs" if several else run.name,
         run=run,
         runs=runs,
+        stages=sorted({one.stage for one in runs}),
         facts=[str(run.spec.get("model_name_or_path", "")), _steps_done(run), duration(run.trained_seconds())],
         overview=_runs_table(runs) if several else None,
         cards=list(_cards(run)),

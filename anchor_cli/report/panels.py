@@ -13,7 +13,7 @@ from anchor_cli.report.charts import Chart, Line, svg
 from anchor_cli.report.read import NDCG, Event, RunRecord, Series
 from anchor_cli.report.render import COLOURS, duration, number
 
-_NATS = "cross-entropy, nats per target token"
+_NATS = {"I": "cross-entropy, nats per target token", "II": "contrastive loss, nats per query"}
 _BLACK = "#1f2933"
 
 
@@ -115,10 +115,15 @@ def _score_panel(
     return Panel(title, korean, svg(chart, name), legend, "★ marks the best", wide)
 
 
+def _loss_unit(runs: Sequence[RunRecord]) -> str:
+    stages = {run.stage for run in runs}
+    return _NATS[stages.pop()] if len(stages) == 1 else "nats per target token, per query in Stage II"
+
+
 def _loss_panels(runs: Sequence[RunRecord]) -> list[Panel | None]:
     if len(runs) > 1:
         return [
-            _metric_panel(runs, key, title, korean, _NATS, smooth=True)
+            _metric_panel(runs, key, title, korean, _loss_unit(runs), smooth=True)
             for key, title, korean in (
                 (names.LOSS, "Loss", "손실"),
                 (names.D2Q_LOSS, "D2Q loss", "문서에서 질문 복원"),
@@ -137,7 +142,7 @@ def _loss_panels(runs: Sequence[RunRecord]) -> list[Panel | None]:
         Line(run.series(names.Q2D_LOSS), q2d, COLOURS[1]),
         Line(run.series(names.LOSS), "loss", _BLACK, bold=True),
     ]
-    return [_panel(runs, lines, "Loss", "손실", _NATS, "loss", smooth=True)]
+    return [_panel(runs, lines, "Loss", "손실", _loss_unit(runs), "loss", smooth=True)]
 
 
 def _contrast_panels(runs: Sequence[RunRecord]) -> list[Panel | None]:

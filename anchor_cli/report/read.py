@@ -68,6 +68,11 @@ class RunRecord:
     benchmarks: list[str] = field(default_factory=list)
     """Evaluation sets in the order in which they first appear, without `avg`."""
 
+    @property
+    def stage(self) -> str:
+        """I or II."""
+        return str(self.spec.get("stage", "I"))
+
     def series(self, key: str) -> Series:
         """The finite values of one metric, by step."""
         steps: list[int] = []
