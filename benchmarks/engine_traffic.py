@@ -96,9 +96,9 @@ def small_engine(config: str, world_size: int) -> tuple[Any, Any, Reconstruction
 
 def engine_traffic(config: str = "zero2_bf16", world_size: int = 2) -> dict[str, float]:
     """Counts of one config. Call it once a process."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before the import, which would say on stdout what it found
     from deepspeed.accelerator import get_accelerator
 
-    os.environ["DS_ACCELERATOR"] = "cpu"
     synchronised = [0]
 
     def synchronize(*_: Any) -> None:

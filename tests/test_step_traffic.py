@@ -23,7 +23,7 @@ def printed(*command: str) -> dict[str, Any]:
         [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
