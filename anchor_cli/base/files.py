@@ -93,14 +93,18 @@ def is_abandoned(partial: str | Path) -> bool:
 def _is_alive(process: int) -> bool:
     """A process that has ended is not, though its parent has not asked for its exit code yet: where no init process
     does (a container without one), it keeps its number for good."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
     import psutil
 
     try:
         return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.AccessDenied:
+    except psutil.Error:  # /proc hides it, or it has just ended: then the next look finds it gone
         return True
-    except (psutil.NoSuchProcess, OverflowError, ValueError):
-        return False
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -29,10 +29,9 @@ def demo(
 ) -> None:
     """Make a small Korean and English world, train on it, evaluate before and after, export. Some minutes on a CPU."""
     from anchor_cli.demo.demo import Recipe, run_demo
-    from anchor_cli.processes.gpus import cuda_problem
+    from anchor_cli.processes.gpus import require_usable_gpus
 
-    if problem := cuda_problem():
-        raise problem
+    require_usable_gpus()
     recipe = Recipe(seed=seed, steps=steps, num_documents=documents, warmup_steps=max(1, min(50, steps // 5)))
     outcome = run_demo(out, recipe, stage_two=stage2)
     show(outcome, on_stderr=as_json)

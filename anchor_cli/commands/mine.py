@@ -68,10 +68,9 @@ def mine(
     job = Mining(pairs, folder, place, rules, corpus_texts(corpus or []), work_dir, batch_tokens, cross_encoder)
     require_new(job)
     if ranks is None:
-        from anchor_cli.processes.gpus import cuda_problem, local_gpus
+        from anchor_cli.processes.gpus import local_gpus, require_usable_gpus
 
-        if problem := cuda_problem():
-            raise problem
+        require_usable_gpus()
         prepare_raw_pairs(job)
         processes = nproc_per_node or max(1, len(local_gpus()))
         if processes > 1:

@@ -24,10 +24,9 @@ def _choose_device(device: Place | None) -> Place | None:
     if device == Place.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == Place.cuda:
-        from anchor_cli.processes.gpus import cuda_problem, local_gpus
+        from anchor_cli.processes.gpus import local_gpus, require_usable_gpus
 
-        if problem := cuda_problem():
-            raise problem
+        require_usable_gpus()
         if not local_gpus():
             raise InputError("--device cuda: there is no NVIDIA GPU here, or CUDA_VISIBLE_DEVICES hides it")
     return device

@@ -46,10 +46,9 @@ def train(
         train_here()
         return
     from anchor_cli.data.training_set import prepare_raw
-    from anchor_cli.processes.gpus import cuda_problem, local_gpus
+    from anchor_cli.processes.gpus import local_gpus, require_usable_gpus
 
-    if problem := cuda_problem():
-        raise problem
+    require_usable_gpus()
     processes = nproc_per_node or max(1, len(local_gpus()))  # none: the CPU
     with run_folder_of(resolved.run_folder):
         if node is None or node[0] == 0:  # the other nodes' ranks wait for this node's

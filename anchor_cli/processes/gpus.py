@@ -97,6 +97,12 @@ def on_gpu() -> bool:
     return False
 
 
+def require_usable_gpus() -> None:
+    """Raises InputError: there are GPUs, and torch cannot use them."""
+    if problem := cuda_problem():
+        raise problem
+
+
 def cuda_problem(*, initialise: bool = False) -> InputError | None:
     """Why this torch cannot use the GPUs that are here, with the remedy; None where nothing speaks against it.
 

@@ -123,11 +123,11 @@ def _loss_unit(runs: Sequence[RunRecord]) -> str:
 def _loss_panels(runs: Sequence[RunRecord]) -> list[Panel | None]:
     if len(runs) > 1:
         return [
-            _metric_panel(runs, key, title, korean, _loss_unit(runs), smooth=True)
-            for key, title, korean in (
-                (names.LOSS, "Loss", "손실"),
-                (names.D2Q_LOSS, "D2Q loss", "문서에서 질문 복원"),
-                (names.Q2D_LOSS, "Q2D loss", "질문에서 문서 복원"),
+            _metric_panel(runs, key, title, korean, unit, smooth=True)
+            for key, title, korean, unit in (
+                (names.LOSS, "Loss", "손실", _loss_unit(runs)),
+                (names.D2Q_LOSS, "D2Q loss", "문서에서 질문 복원", _NATS["I"]),
+                (names.Q2D_LOSS, "Q2D loss", "질문에서 문서 복원", _NATS["I"]),
             )
         ]
     run = runs[0]
