@@ -183,18 +183,15 @@ KINDS: dict[str, Callable[[str, argparse.Namespace], list[tuple[float, float]]]]
 
 def measure(options: argparse.Namespace) -> None:
     """One kind in one cell, as a line of JSON."""
+    from scaling import peak_gb
+
     (cell,) = cells_of(options)
     seconds = KINDS[options.kind](options.kind, cell)
     facts = {"negatives": cell.negatives, "length": cell.length, "kind": options.kind}
-    facts |= {"pairs": cell.rows * len(seconds), "peak_gb": memory_gb("VmHWM")}
+    facts |= {"pairs": cell.rows * len(seconds), "peak_gb": peak_gb()}
     facts |= {"wall_s": sum(wall for wall, _ in seconds), "cpu_s": sum(cpu for _, cpu in seconds)}
     with options.out.open("a") as file:
         file.write(json.dumps(facts) + "\n")
-
-
-def memory_gb(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1e6
 
 
 def cells_of(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
