@@ -6,6 +6,7 @@ program that cannot be installed or run on this machine is skipped with the reas
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -56,3 +57,12 @@ def test_another_vector_is_told_from_ours() -> None:
     assert (row["outcome"], row["num_texts"], row["num_not_given"]) == ("differs", 2, 1)
     assert row["largest"] == pytest.approx(1 - 1 / np.sqrt(1 + 1e-4))
     assert [name for name, _ in row["differing"]] == ["b"]
+
+
+def test_the_readme_names_the_programs_that_were_run_and_work_and_no_others() -> None:
+    results = json.loads(readers.RESULTS.read_text(encoding="utf-8"))
+    for page in ("README.md", "README.ko.md"):
+        text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+        for name, reader in readers.READERS.items():
+            works = any(row["outcome"] == "works" for row in results[name].values())
+            assert (reader.title.split()[0] in text) == works, (page, name)

@@ -110,9 +110,18 @@ def convert(work: Path, out: Path) -> None:
     """model.gguf of `work` as a transformers folder of float32 weights."""
     sys.path.append(str(work / "reader"))  # transformers asks importlib.metadata for the package, too
     import torch
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file="model.gguf")
+    pre_tokenizer = GGUFReader(work / "model.gguf").get_field("tokenizer.ggml.pre")
+    if pre_tokenizer and pre_tokenizer.contents() == "smollm":
+        # transformers does not read this field, and gives every byte-level BPE GPT-2's rule alone. By SmolLM's own
+        # tokenizer.json, and in llama.cpp, a digit never joins a blank or another digit.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
     model = AutoModelForCausalLM.from_pretrained(work, gguf_file="model.gguf", dtype=torch.float32)
     # The weights are plain float32 from here on: a folder that calls itself quantised would be refused by readers.
     if hasattr(model.config, "quantization_config"):

@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -93,7 +95,10 @@ def vllm(export: str, groups: list[Group], work: Path) -> Answer:
 
 
 def llamacpp(export: str, groups: list[Group], work: Path) -> Answer:
-    """Converted to GGUF with the base tokenizer, then llama.cpp's own server code; the whole template is written."""
+    """Converted to GGUF with the base tokenizer, then llama.cpp's own server code; the whole template is written.
+
+    llama.cpp does not normalise text. Of the normalisers, NFC is the one that Qwen's tokenizer has.
+    """
     source = work / "source"
     shutil.copytree(export, source)
     shutil.copytree(source / "base_tokenizer", source, dirs_exist_ok=True)
@@ -120,65 +125,76 @@ def llamacpp(export: str, groups: list[Group], work: Path) -> Answer:
     params.warmup = False
     server = xllamacpp.Server(params)
     eos = json.loads((Path(export) / "anchor.json").read_text(encoding="utf-8"))["eos_token"]
+    tokenizer = Path(export) / "base_tokenizer" / "tokenizer.json"
+    normalizer = json.loads(tokenizer.read_text(encoding="utf-8"))["normalizer"]
+    composed = bool(normalizer) and normalizer["type"] == "NFC"
     vectors: list[Any] = []
     for group in groups:
         for text, fits in zip(group["texts"], group["fits"], strict=True):
             is_document = group["prompt_name"] == "document"
             whole = group["prompt"] + text.strip() if is_document else (group["prompt"] + text).rstrip()
+            whole = unicodedata.normalize("NFC", whole) if composed else whole
             answer = server.handle_embeddings({"input": whole + eos}) if fits else None
             vectors.append(answer["data"][0]["embedding"] if answer else None)
     (work / "model.gguf").unlink()
     return {
         "vectors": vectors,
-        "setting": "GGUF made with `base_tokenizer/`; the request holds the stripped text in the whole template; "
-        "`--pooling last`",
+        "setting": "GGUF made with `base_tokenizer/`; the request holds the stripped text in the whole template, in "
+        "NFC where the tokenizer normalises so (Qwen); `--pooling last`",
         "not_given": "texts longer than fit: nothing truncates them",
     }
 
 
-def _sentence_transformers(export: str, groups: list[Group], backend: str, options: dict[str, Any]) -> Answer:
-    from sentence_transformers import SentenceTransformer
+def _graph(export: str, groups: list[Group], inputs: set[str], run: Callable[[dict[str, Any]], Any]) -> Answer:
+    """The last token's state out of a graph made of the decoder; `run` takes arrays by the names of `inputs`.
 
-    model = SentenceTransformer(export, backend=backend, device="cpu", model_kwargs=options)
-    vectors = []
-    for group in groups:
-        vectors += model.encode(group["texts"], prompt_name=group["prompt_name"], batch_size=8).tolist()
-    return {"vectors": vectors, "setting": f'`SentenceTransformer(EXPORT, backend="{backend}")`'}
-
-
-def onnx(export: str, groups: list[Group], work: Path) -> Answer:
-    """`optimum-cli export onnx`, then ONNX Runtime itself with the export's tokenizer, last token and positions.
-
-    Not `SentenceTransformer(EXPORT, backend="onnx")`: the graph of a decoder wants `position_ids`, which that backend
-    does not give (optimum-onnx 0.1.0).
+    sentence-transformers' own backends of these two do not give `position_ids`, which the graph of most decoders asks
+    for: ONNX Runtime refuses then (optimum-onnx 0.1.0), OpenVINO computes with what is in its memory (optimum-intel
+    2.2.0).
     """
     import numpy as np
-    import onnxruntime
     from transformers import AutoTokenizer
 
-    command = ["optimum-cli", "export", "onnx", "--task", "feature-extraction", "--model", export, str(work / "onnx")]
-    subprocess.run(command, check=True)
-    session = onnxruntime.InferenceSession(str(work / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
-    known = {each.name for each in session.get_inputs()}
     tokenizer = AutoTokenizer.from_pretrained(export)
     texts, vectors, ids = prompted(groups), [], []
     for begin in range(0, len(texts), 8):
         batch = dict(tokenizer(texts[begin : begin + 8], padding=True, truncation=True, return_tensors="np"))
         mask = batch["attention_mask"]
         batch["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        states = session.run(None, {name: value for name, value in batch.items() if name in known})[0]
-        vectors += states[:, -1].tolist()  # padded left
+        vectors += run({name: value for name, value in batch.items() if name in inputs})[:, -1].tolist()  # padded left
         ids += [row[kept.astype(bool)].tolist() for row, kept in zip(batch["input_ids"], mask, strict=True)]
-    shutil.rmtree(work / "onnx")
+    return {"vectors": vectors, "ids": ids}
+
+
+def onnx(export: str, groups: list[Group], work: Path) -> Answer:
+    """`optimum-cli export onnx`, then ONNX Runtime itself with the export's tokenizer."""
+    import onnxruntime
+
+    command = ["optimum-cli", "export", "onnx", "--task", "feature-extraction", "--model", export, str(work / "graph")]
+    subprocess.run(command, check=True)
+    session = onnxruntime.InferenceSession(str(work / "graph" / "model.onnx"), providers=["CPUExecutionProvider"])
+    inputs = {each.name for each in session.get_inputs()}
+    answer = _graph(export, groups, inputs, lambda batch: session.run(None, batch)[0])
+    shutil.rmtree(work / "graph")
     setting = "`optimum-cli export onnx --task feature-extraction`; `position_ids` counted from the mask, last token"
-    return {"vectors": vectors, "ids": ids, "setting": setting}
+    return answer | {"setting": setting}
 
 
 def openvino(export: str, groups: list[Group], work: Path) -> Answer:
-    answer = _sentence_transformers(
-        export, groups, "openvino", {"export": True, "ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
-    )
-    return answer | {"setting": answer["setting"] + ", `INFERENCE_PRECISION_HINT` f32"}
+    """`optimum-cli export openvino`, then OpenVINO itself with the export's tokenizer."""
+    import openvino as runtime
+
+    command = ["optimum-cli", "export", "openvino", "--task", "feature-extraction", "--weight-format", "fp32"]
+    subprocess.run([*command, "--model", export, str(work / "graph")], check=True)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = runtime.Core().compile_model(str(work / "graph" / "openvino_model.xml"), "CPU", settings)
+    inputs = {each.get_any_name() for each in model.inputs}
+    answer = _graph(export, groups, inputs, lambda batch: model(batch)["last_hidden_state"])
+    shutil.rmtree(work / "graph")
+    return answer | {
+        "setting": "`optimum-cli export openvino --task feature-extraction --weight-format fp32`, "
+        "`INFERENCE_PRECISION_HINT` f32; `position_ids` counted from the mask, last token"
+    }
 
 
 def langchain(export: str, groups: list[Group], work: Path) -> Answer:
@@ -273,7 +289,14 @@ def llm2vec(export: str, groups: list[Group], work: Path) -> Answer:
 
 
 def oldest(export: str, groups: list[Group], work: Path) -> Answer:
-    return _sentence_transformers(export, groups, "torch", {}) | {"setting": "none"}
+    """The prompts of the folder, by name, as everybody's first script has them."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(export, device="cpu")
+    vectors = []
+    for group in groups:
+        vectors += model.encode(group["texts"], prompt_name=group["prompt_name"], batch_size=8).tolist()
+    return {"vectors": vectors, "setting": "none"}
 
 
 PACKAGES = {

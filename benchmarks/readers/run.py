@@ -4,7 +4,8 @@
     python benchmarks/readers/run.py --cache DIR --only infinity llamacpp          # these, keeping other results
     python benchmarks/readers/run.py --cache DIR --export models/kure-stage1       # your export instead of ours
 
-Ours are the demo's (`anchor demo`, a tiny Qwen3) and SmolLM2-135M's (benchmarks/pretrained). A reader's environment is
+Ours are the demo's (`anchor demo`, a tiny Qwen3), SmolLM2-135M's (benchmarks/pretrained) and, with
+`--qwen3-tokenizer DIR`, a random Qwen3's with the tokenizer that Qwen published. A reader's environment is
 made once and kept in CACHE/venvs; `drivers.py` starts the program there as its documentation says. The texts are those
 of the certificate: Korean and English, documents and queries, short, empty, longer than fits, odd characters.
 
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ sys.path.insert(0, str(HERE.parent / "pretrained"))
 RESULTS = HERE / "results.json"
 PAGE = HERE.parents[1] / "docs" / "export.md"
 BEGIN, END = "<!-- the readers' table begins -->\n", "<!-- the readers' table ends -->\n"
+EXPORTS = {"demo": "demo (Qwen3)", "smollm2": "SmolLM2 (Llama)", "qwen3": "random Qwen3, Qwen's tokenizer"}
+"""Columns of the table."""
 TOLERANCE = 1e-5
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0"
@@ -90,21 +94,49 @@ def smollm2_export(cache: Path) -> Path:
     """SmolLM2 as it is, exported for 64 tokens and English instructions."""
     from make_models import make_model
 
-    from anchor_cli.base.contract import INSTRUCTION_EN, write_contract
+    return exported("smollm2", cache, lambda: make_model("smollm2"), 64, ("en",))
+
+
+def qwen3_export(cache: Path, tokenizer: Path) -> Path:
+    """A Qwen3 of hidden size 64, random weights, with the tokenizer that Qwen published."""
+
+    def make() -> Path:
+        import torch
+        from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=151_936, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, initializer_range=0.125,
+        )  # fmt: skip
+        folder = cache / "qwen3-model"
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+        return folder
+
+    return exported("qwen3", cache, make, 128, ("ko", "en"))
+
+
+def exported(name: str, cache: Path, make: Callable[[], Path], max_seq_length: int, languages: tuple[str, ...]) -> Path:
+    """CACHE/exports/NAME: the export of an untrained model, made once."""
+    from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO, write_contract
     from anchor_cli.data.text import contract_with, load_tokenizer
     from anchor_cli.export.export import export
 
-    folder = cache / "exports" / "smollm2"
+    folder = cache / "exports" / name
     if not folder.is_dir():
-        source, work = make_model("smollm2"), cache / "smollm2-with-contract"
+        source, work = make(), cache / f"{name}-with-contract"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(source, work)
-        instructions = {"en": INSTRUCTION_EN}
-        tokenizer = load_tokenizer(source)
-        write_contract(
-            work,
-            contract_with(tokenizer, max_seq_length=64, instructions=instructions, training_instructions=instructions),
+        known = {"en": INSTRUCTION_EN, "ko": INSTRUCTION_KO}
+        instructions = {language: known[language] for language in languages}
+        contract = contract_with(
+            load_tokenizer(source),
+            max_seq_length=max_seq_length,
+            instructions=instructions,
+            training_instructions=instructions,
         )
+        write_contract(work, contract)
         folder.parent.mkdir(parents=True, exist_ok=True)
         export(work, out=folder)
         shutil.rmtree(work)
@@ -228,7 +260,7 @@ def judged(answer: dict[str, Any], texts: Texts) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """A line a program."""
-    lines = ["| program | versions | demo (Qwen3) | SmolLM2 (Llama) | setting |", "|---|---|---|---|---|"]
+    lines = [f"| program | versions | {' | '.join(EXPORTS.values())} | setting |", "|---" * (len(EXPORTS) + 3) + "|"]
     for name, reader in READERS.items():
         rows = results.get(name, {})
         works = [row for row in rows.values() if row.get("versions")]
@@ -236,7 +268,7 @@ def table(results: dict[str, Any]) -> str:
         setting = works[0]["setting"] if works else ""
         if works and works[0]["not_given"]:
             setting += f". Not compared: {works[0]['not_given']}"
-        cells = [cell(rows.get(export)) for export in ("demo", "smollm2")]
+        cells = [cell(rows.get(export)) for export in EXPORTS]
         lines.append(f"| {reader.title} | {versions} | {' | '.join(cells)} | {setting} |")
     return "\n".join([*lines, "", f"Run on {results['machine']}.", ""])
 
@@ -261,12 +293,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "anchor" / "readers")
     parser.add_argument("--only", nargs="+", choices=list(READERS), default=list(READERS), metavar="READER")
+    parser.add_argument("--qwen3-tokenizer", type=Path, metavar="DIR", help="of Qwen/Qwen3-0.6B: adds that column")
     parser.add_argument(
         "--export", type=Path, nargs="+", help="your exports; the result is printed as JSON, and the page left alone"
     )
     args = parser.parse_args()
     cache = args.cache.absolute()
     exports = args.export or [demo_export(cache), smollm2_export(cache)]
+    if args.qwen3_tokenizer and not args.export:
+        exports.append(qwen3_export(cache, args.qwen3_tokenizer))
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() and not args.export else {}
     for export in exports:
         texts = Texts(export)
