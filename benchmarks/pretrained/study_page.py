@@ -54,7 +54,7 @@ def describe(sizes: Pass) -> str:
 
 
 def table(rows: list[Result], sizes: Pass) -> Iterable[str]:
-    """A line for each (arm, Stage I steps, Stage II steps): means over the seeds that were run."""
+    """A line for each (arm, Stage I steps, Stage II steps): means over the seeds that were run, and each seed's."""
     sets = sorted({name for row in rows for name in row["scores"]}, key=lambda name: name != XQUAD)
     shown = [name.removeprefix("en/") for name in sets]
     columns = [f"nDCG@10 {name}" for name in shown]
@@ -83,8 +83,10 @@ def line(arm: str, steps: int, steps_two: int, rows: list[Result], sets: list[st
 
 
 def average(rows: list[Result], name: str, key: str) -> str:
+    """The mean, and what it is the mean of where that differs."""
     values = [row["scores"][name][key] for row in rows if name in row["scores"]]
-    return f"{mean(values):.3f}" if values else ""
+    each = [f"{value:.3f}" for value in values]
+    return f"{mean(values):.3f}" + (f" ({', '.join(each)})" if len(set(each)) > 1 else "") if values else ""
 
 
 def picture(rows: list[Result], sizes: Pass) -> None:
