@@ -8,10 +8,10 @@
 #   VARIANT=cuda bash docker/test-image.sh    the CUDA image: some 4 GB of wheels
 #   BUILD=no bash docker/test-image.sh        try the image as it was built last
 # Honoured when set: PIP_FIND_LINKS (a folder of wheels, mounted read-only), PIP_CERT, TORCH_INDEX, FLASH_ATTN, DEMO_STEPS,
-# STORAGE_DRIVER (of buildah: overlay copies no layers where it can be mounted).
+# STORAGE_DRIVER (of buildah: overlay where it can be mounted, else vfs, which copies every layer: some 30 GB for a while).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${VARIANT:=cpu}" "${IMAGE:=localhost/anchor-test:$VARIANT}" "${STORAGE_DRIVER:=vfs}" "${DEMO_STEPS:=}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
+: "${VARIANT:=cpu}" "${IMAGE:=localhost/anchor-test:$VARIANT}" "${DEMO_STEPS:=}" "${REVISION:=$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
 step() { printf '\n== %s\n' "$*"; }
 fail() { printf 'test-image: %s\n' "$*" >&2; exit 1; }
 
@@ -62,7 +62,9 @@ in_image() {  # run a command line in the image as its own user, or as AS
 }
 
 if command -v docker >/dev/null && docker info >/dev/null 2>&1; then TOOL=docker
-elif command -v buildah >/dev/null; then TOOL=buildah
+elif command -v buildah >/dev/null; then
+    TOOL=buildah
+    : "${STORAGE_DRIVER:=$(command buildah --storage-driver overlay info >/dev/null 2>&1 && echo overlay || echo vfs)}"
 else fail "neither a docker daemon nor buildah is here"; fi
 
 if command -v hadolint >/dev/null; then step "hadolint"; hadolint Dockerfile && echo "clean"
