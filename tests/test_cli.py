@@ -39,6 +39,20 @@ def test_help_groups_commands_and_loads_nothing_heavy() -> None:
     assert [name for name in NAMES if not re.search(rf"^  {name}  ", done.stdout, re.MULTILINE)] == []
 
 
+def test_a_wrong_name_is_answered_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    """torch and transformers take seconds to import."""
+    wrong = ["eval nowhere", "export nowhere", "search nowhere corpus question", "checkpoints list nowhere",
+             "report nowhere", "replay nowhere --step 1", "train nowhere.json", "plan nowhere.json",
+             "verify-resume nowhere.json", "prepare nowhere.jsonl --out x",
+             "mine nowhere.jsonl --model nowhere --out x"]  # fmt: skip
+    script = (
+        f"import sys\nfrom anchor_cli.cli import run\nfor line in {wrong}:\n    code = run(line.split())\n"
+        "    print(code, sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["2 []"] * len(wrong), done.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([name, "--help"]) == 0

@@ -24,8 +24,7 @@ from faults.harness import (
     write_world,
 )
 
-from anchor_cli.base.checkpoints import list_checkpoints, verify_checkpoint
-from anchor_cli.train.saving import prune
+from anchor_cli.base.checkpoints import list_checkpoints, prune, verify_checkpoint
 from anchor_cli.train.verify_resume import Verdict, difference
 
 pytestmark = pytest.mark.usefixtures("small_model")

@@ -1,9 +1,11 @@
-"""Checkpoints of a run: found by name, listed, verified."""
+"""Checkpoints of a run: found by name, listed, verified, removed."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,30 @@ def newest_whole(run_folder: Path, up_to: int | None = None) -> tuple[Path | Non
             return folder, damaged
         damaged.append(f"{folder}: damaged: {'; '.join(problems)}")
     return None, damaged
+
+
+def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[Path]:
+    """Remove the oldest checkpoints beyond `limit`. Returns what went.
+
+    Never the best by `eval/avg/ndcg@10` (of those that were evaluated), nor the newest whole one (`hashes=False`: whole
+    by size; the one just written is). Damaged ones go first.
+    """
+    gone = removable(run_folder, list_checkpoints(run_folder), limit, hashes=hashes)
+    for path in gone:
+        trash = path.with_name(f".{path.name}.removed")
+        os.rename(path, trash)  # gone at once under its name, then emptied
+        shutil.rmtree(trash, ignore_errors=True)
+    return gone
+
+
+def removable(run_folder: Path, checkpoints: list[Path], limit: int | None, *, hashes: bool) -> list[Path]:
+    """What `prune` removes of `checkpoints` (oldest first)."""
+    if limit is None or len(checkpoints) <= limit:
+        return []
+    whole = [path for path in checkpoints if not verify_checkpoint(path, hashes=hashes)]
+    protected = {best_checkpoint(run_folder), *whole[-1:]}
+    damaged_first = sorted(checkpoints, key=lambda path: path in whole)
+    return [path for path in damaged_first if path not in protected][: len(checkpoints) - limit]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

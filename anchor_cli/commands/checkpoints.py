@@ -43,11 +43,10 @@ def checkpoints(
 
     prune removes damaged ones first, then the oldest; never the best by eval/avg/ndcg@10 nor the newest whole one.
     """
-    from anchor_cli.base.checkpoints import list_checkpoints
+    from anchor_cli.base.checkpoints import list_checkpoints, prune, removable
     from anchor_cli.base.console import print_json, say
     from anchor_cli.base.runs import confirm_outside
     from anchor_cli.report.checkpoints import run_of, states_of
-    from anchor_cli.train.saving import prune, removable
 
     folder = run_of(run)
     if action == Action.prune:

@@ -73,13 +73,15 @@ def eval(  # noqa: A001 - the command's name
     """
     if baseline not in (None, "bm25"):
         raise InputError(f"--baseline {baseline}: expected bm25")
-    from anchor_cli.data.benchmarks.benchmarks import SUITE
-    from anchor_cli.evaluate.compare import document, show
-    from anchor_cli.evaluate.files import worst_lines, worst_queries, write_files
-    from anchor_cli.evaluate.models import evaluate_models, resolve_models
+    from anchor_cli.evaluate.places import resolve_models
 
     metrics = metric or ["ndcg@10", "mrr@10"]
     models = resolve_models(checkpoints or [], default=baseline is None)
+    from anchor_cli.data.benchmarks.benchmarks import SUITE
+    from anchor_cli.evaluate.compare import document, show
+    from anchor_cli.evaluate.files import worst_lines, worst_queries, write_files
+    from anchor_cli.evaluate.models import evaluate_models
+
     if suite is not None:
         data = [*(data or []), SUITE + suite]
     with redirect_stdout(sys.stderr):  # libraries print when they load a model; stdout is for the result

@@ -43,7 +43,6 @@ def export(
     """Write one folder that transformers, sentence-transformers, LLM2Vec and Stage II training load right."""
     from anchor_cli.base.checkpoints import default_checkpoint, find_checkpoint
     from anchor_cli.base.runs import confirm_outside
-    from anchor_cli.export.export import export as write_export
     from anchor_cli.export.push import check_push, push
 
     if push_to_hub is not None:
@@ -54,6 +53,8 @@ def export(
         source = find_checkpoint(checkpoint)
     if out is None and not (checkpoint and Path(checkpoint).expanduser().is_dir()):
         confirm_outside(source, f"anchor export {source}")
+    from anchor_cli.export.export import export as write_export
+
     done = write_export(
         source,
         out=out,

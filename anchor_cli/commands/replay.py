@@ -26,12 +26,13 @@ def replay(
     from anchor_cli.base.console import print_json, say
     from anchor_cli.base.errors import InputError
     from anchor_cli.base.runs import RunFolder
-    from anchor_cli.train import replay as engine
 
     files = RunFolder(run)
     if not files.spec.is_file():
         message = f"{run}: not the folder of a run: {files.spec.name} is missing"
         raise InputError(message, hint="give {output_dir}/{experiment_id}")
+    from anchor_cli.train import replay as engine
+
     replayed = engine.replay(run, step)
     if as_json:
         print_json(replayed.as_dict())

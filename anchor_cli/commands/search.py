@@ -56,14 +56,16 @@ def search(
 ) -> None:
     """Show the documents nearest to a question, with their cosine similarity."""
     from anchor_cli.data.documents import read_documents
-    from anchor_cli.evaluate.models import load_model, model_or_run
-    from anchor_cli.evaluate.nearest import Index
-    from anchor_cli.evaluate.search import device_of
+    from anchor_cli.evaluate.places import model_or_run
 
     if query is not None and not query.strip():
         raise InputError("QUERY: empty, expected a question")
     place = model_or_run(model)
     documents = read_documents(corpus, document_column)
+    from anchor_cli.evaluate.models import load_model
+    from anchor_cli.evaluate.nearest import Index
+    from anchor_cli.evaluate.search import device_of
+
     with redirect_stdout(sys.stderr):  # libraries print when they load a model; stdout is for the result
         index = Index(load_model(place, batch_tokens, device), documents, device_of(device))
     results = []

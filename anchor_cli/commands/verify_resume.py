@@ -29,9 +29,11 @@ def verify_resume(
     """
     from anchor_cli.base.console import print_json
     from anchor_cli.spec.load import load_spec
+
+    loaded = load_spec(spec, overrides)
     from anchor_cli.train import verify_resume as engine
 
-    verdict = engine.verify_resume(load_spec(spec, overrides), spec.absolute(), overrides or [], steps, nproc_per_node)
+    verdict = engine.verify_resume(loaded, spec.absolute(), overrides or [], steps, nproc_per_node)
     if as_json:
         print_json(verdict.as_dict())
     else:

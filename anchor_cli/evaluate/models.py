@@ -1,23 +1,14 @@
-"""From the names of models to their results: each is found, checked, loaded and evaluated in turn."""
+"""From models to their results: each is loaded and evaluated in turn."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from anchor_cli.base.checkpoints import (
-    checkpoint_of,
-    default_checkpoint,
-    find_checkpoint,
-    is_ours,
-    list_checkpoints,
-    verify_checkpoint,
-)
 from anchor_cli.base.console import progress, say
 from anchor_cli.base.errors import AnchorError, InputError, first_line
-from anchor_cli.base.hub import go_offline_if_the_hub_is_silent, is_hub_id
 from anchor_cli.base.runs import anchor_home
 from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.benchmarks.benchmarks import load_benchmarks
@@ -26,83 +17,11 @@ from anchor_cli.evaluate.compare import ModelResult
 from anchor_cli.evaluate.embedder import Embedder, load_embedder
 from anchor_cli.evaluate.evaluate import BenchmarkResult, evaluate_bm25, evaluate_one, scored_again, shares_ids
 from anchor_cli.evaluate.metrics import parse_metric
+from anchor_cli.evaluate.places import ModelPlace
 from anchor_cli.evaluate.search import device_of
 
 DEPTH = 100
 """Documents kept for every query, for run files and for showing where the right one was."""
-_NOT_WEIGHTS = ["*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "openvino/*", "onnx/*", "*.gguf"]
-
-
-@dataclass(frozen=True)
-class ModelPlace:
-    """A model to evaluate."""
-
-    name: str
-    """As shown and as in the JSON: its folder, or its Hub id."""
-    folder: Path
-
-
-def resolve_models(names: Sequence[str], *, default: bool = True) -> list[ModelPlace]:
-    """The folders that `names` mean: paths, checkpoints of runs, Hub ids. Without names the default checkpoint.
-
-    Raises:
-        InputError: not found, here or on the Hub; ambiguous, half-written, or not a model folder.
-    """
-    if not names and default:
-        folder = default_checkpoint("evaluating", "anchor eval")
-        return [_checked(str(folder), folder)]
-    places = [_place(name) for name in names]
-    for index, place in enumerate(places):
-        if place.folder.resolve() in [other.folder.resolve() for other in places[:index]]:
-            raise InputError(f"{names[index]}: given twice, {place.folder}")
-    return places
-
-
-def model_or_run(name: str) -> ModelPlace:
-    """One of `resolve_models`; of a run the best checkpoint, else the newest. Raises InputError."""
-    try:
-        folder = find_checkpoint(name)
-    except InputError:
-        return _place(name)
-    if list_checkpoints(folder):
-        folder = checkpoint_of(folder, "this run", "searching with", "anchor search")
-    return _checked(str(folder), folder)
-
-
-def _place(name: str) -> ModelPlace:
-    try:
-        folder = find_checkpoint(name)
-    except InputError as error:
-        if not is_hub_id(name) or "checkpoint" in name:
-            raise
-        return _checked(name, _from_hub(name, error))
-    return _checked(str(folder), folder)
-
-
-def _checked(name: str, folder: Path) -> ModelPlace:
-    """The place, once it is sure that a whole model is there."""
-    if is_ours(folder) and (problems := verify_checkpoint(folder, hashes=False)):
-        others = [path.name for path in list_checkpoints(folder.parent) if path != folder]
-        hint = f"choose another checkpoint: {', '.join(others)}" if others else "it cannot be used"
-        raise InputError(f"{folder}: not a whole checkpoint: {problems[0]}", hint)
-    if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
-        return ModelPlace(name, folder)
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder}: an adapter (PEFT), not a model", "merge it into its base model first")
-    inside = [path.name for path in list_checkpoints(folder)]
-    hint = f"name one of its checkpoints: {', '.join(inside)}" if inside else "expected a checkpoint or a model folder"
-    raise InputError(f"{folder}: not a model: no config.json and no modules.json", hint)
-
-
-def _from_hub(name: str, not_here: InputError) -> Path:
-    go_offline_if_the_hub_is_silent()
-    from huggingface_hub import snapshot_download
-
-    say(f"{name}: fetching from the Hub")
-    try:
-        return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
-    except Exception as error:
-        raise InputError(f"{not_here.message}; nor on the Hub: {first_line(error)}", not_here.hint) from error
 
 
 def evaluate_models(

@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from anchor_cli.base.checkpoints import (
     MANIFEST,
     TRAINING_STATE,
-    best_checkpoint,
     checkpoint_bytes,
     list_checkpoints,
-    verify_checkpoint,
+    prune,
 )
 from anchor_cli.base.console import warn
 from anchor_cli.base.contract import TextContract
@@ -240,30 +239,6 @@ def commit(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     fsync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[Path]:
-    """Remove the oldest checkpoints beyond `limit`. Returns what went.
-
-    Never the best by `eval/avg/ndcg@10` (of those that were evaluated), nor the newest whole one (`hashes=False`: whole
-    by size; the one just written is). Damaged ones go first.
-    """
-    gone = removable(run_folder, list_checkpoints(run_folder), limit, hashes=hashes)
-    for path in gone:
-        trash = path.with_name(f".{path.name}.removed")
-        os.rename(path, trash)  # gone at once under its name, then emptied
-        shutil.rmtree(trash, ignore_errors=True)
-    return gone
-
-
-def removable(run_folder: Path, checkpoints: list[Path], limit: int | None, *, hashes: bool) -> list[Path]:
-    """What `prune` removes of `checkpoints` (oldest first)."""
-    if limit is None or len(checkpoints) <= limit:
-        return []
-    whole = [path for path in checkpoints if not verify_checkpoint(path, hashes=hashes)]
-    protected = {best_checkpoint(run_folder), *whole[-1:]}
-    damaged_first = sorted(checkpoints, key=lambda path: path in whole)
-    return [path for path in damaged_first if path not in protected][: len(checkpoints) - limit]
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

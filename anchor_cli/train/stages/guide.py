@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from anchor_cli.data.contrast_rows import ContrastData, StepTexts
 from anchor_cli.evaluate.embedder import load_embedder
-from anchor_cli.evaluate.models import resolve_models
+from anchor_cli.evaluate.places import resolve_models
 from anchor_cli.processes.ranks import Ranks
 
 IntArray = npt.NDArray[np.int64]
