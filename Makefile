@@ -7,8 +7,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 EXTRAS := dev,sentence-transformers,tensorboard,bm25,minhash
-# A file's tests stay together: they share started processes. `make test PYTEST_FLAGS=` runs one after the other.
-PYTEST_FLAGS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
+# A file's tests stay together: they share started processes. One worker more than there are cores, because tests wait
+# for processes and deadlines, too. `make test PYTEST_FLAGS=` runs one after the other.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, 1 + os.cpu_count()))')
+PYTEST_FLAGS ?= --numprocesses $(WORKERS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 # Without an NVIDIA driver torch comes from PyTorch's index of CPU builds (200 MB, not 3 GB), where that can be reached.
