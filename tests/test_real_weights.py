@@ -121,11 +121,12 @@ def distances(got: Gradients, want: Gradients) -> list[float]:
 
 def test_smollm2_reads_digit_by_digit() -> None:
     """By SmolLM's tokenizer.json and in llama.cpp; transformers leaves this rule out of what it makes of GGUF."""
-    tokenizer = load_tokenizer(folder_of("smollm2"))
+    folder = folder_of("smollm2")
+    tokenizer, old = load_tokenizer(folder), f"{folder} was made before it did: remove it, run make_models.py smollm2"
     text = "What is  56? In 2026, 3\xa0% of 1,024; ｆｕｌｌ ①②③ ㎏ x² ½"
     pieces = [text[start:end] for start, end in tokenizer.encode(text).offsets]
-    assert set("562026310241①②③²½") <= set(pieces)
-    assert [piece for piece in pieces if len(piece) > 1 and any(map(str.isnumeric, piece))] == []
+    assert set("562026310241①②③²½") <= set(pieces), old
+    assert [piece for piece in pieces if len(piece) > 1 and any(map(str.isnumeric, piece))] == [], old
 
 
 @pytest.mark.parametrize(
