@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "pretrained"))
+sys.path[:0] = [str(HERE.parent / "pretrained"), str(HERE.parent)]
 RESULTS = HERE / "results.json"
 PAGE = HERE.parents[1] / "docs" / "export.md"
 BEGIN, END = "<!-- the readers' table begins -->\n", "<!-- the readers' table ends -->\n"
@@ -102,17 +102,9 @@ def qwen3_export(cache: Path, tokenizer: Path) -> Path:
 
     def make() -> Path:
         import torch
-        from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+        from train_throughput import make_model
 
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=151_936, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, initializer_range=0.125,
-        )  # fmt: skip
-        folder = cache / "qwen3-model"
-        Qwen3ForCausalLM(config).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-        return folder
+        return make_model(cache / "qwen3-model", tokenizer, 64, 2, False, torch.float32)
 
     return exported("qwen3", cache, make, 128, ("ko", "en"))
 
