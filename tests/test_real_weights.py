@@ -27,7 +27,7 @@ from anchor_cli.model.packed import pack_pairs
 from anchor_cli.model.reconstruction import ReconstructionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "pretrained"))
-from make_models import model_folder
+from make_models import SOURCES, model_folder
 
 pytestmark = pytest.mark.slow
 TEXTS = [
@@ -35,7 +35,6 @@ TEXTS = [
     ("who pays the benefit", "The community centre pays it within 30 days of the application."),
     ("수달은 어디에 사나요?", "수달은 강에 산다."),
 ]
-TEMPLATES = {"smollm2": "<|im_start|>user\n{text}<|im_end|>", "gemma3": "<bos>{text}<eos>"}
 Gradients = dict[str, torch.Tensor]
 Encoded = list[tuple[np.ndarray, np.ndarray, int, int]]
 
@@ -49,7 +48,7 @@ def folder_of(name: str) -> Path:
 
 def encoded(folder: Path, name: str, num: int) -> tuple[Encoded, int]:
     """Pairs of (query ids, document ids, first content token of each), and the id of [EOS]."""
-    encoder = TextEncoder(load_tokenizer(folder), TEMPLATES[name], 64)
+    encoder = TextEncoder(load_tokenizer(folder), SOURCES[name].text_template, 64)
     queries = encoder.encode_batch([query for query, _ in TEXTS[:num]], INSTRUCTION_EN)
     documents = encoder.encode_batch([document for _, document in TEXTS[:num]], None)
     rows = [(q.ids, d.ids, q.content_start, d.content_start) for q, d in zip(queries, documents, strict=True)]

@@ -127,7 +127,7 @@ def ceiling(setting: Setting) -> dict[str, Any]:
 
 
 def attention(setting: Setting) -> dict[str, Any]:
-    """Each kernel that can be chosen here, forward and backward, grouped heads and repeated ones."""
+    """Seconds of each kernel that can be chosen here, forward and with backward pass; grouped heads and repeated."""
     from anchor_cli.model.attention import KERNELS, Packing, choose_kernel
 
     sizes = [n for pair in up_to(setting.pairs(), setting.tokens(16384)) for n in (len(pair[0]), len(pair[1]))]
@@ -142,13 +142,19 @@ def attention(setting: Setting) -> dict[str, Any]:
             parts = [torch.randn(sum(sizes), h, 128, device=DEVICE, dtype=DTYPE, requires_grad=True) for h in heads]
             packing = Packing(bounds, tuple(sizes), name)
 
-            def both(parts: Any = parts, packing: Any = packing, name: str = name) -> None:
-                KERNELS[name](*parts, packing, 128**-0.5).float().square().sum().backward()
+            weight = torch.randn(sum(sizes), 16, 128, device=DEVICE, dtype=DTYPE)
 
+            def forward(parts: Any = parts, packing: Any = packing, name: str = name) -> Any:
+                return KERNELS[name](*parts, packing, 128**-0.5)
+
+            def both(parts: Any = parts, weight: Any = weight, forward: Any = forward) -> None:
+                torch.autograd.grad(forward(), parts, weight)
+
+            label = f"{name}{' repeated' if repeated else ''}"
             try:
-                found[f"{name}{' repeated' if repeated else ''}"] = seconds_of(both, setting.repeats)
+                found[label] = [seconds_of(work, setting.repeats) for work in (forward, both)]
             except Exception as error:
-                found[f"{name}{' repeated' if repeated else ''}"] = str(error)[:200]
+                found[label] = str(error)[:200]
     return found
 
 
@@ -233,8 +239,8 @@ def liger(setting: Setting) -> dict[str, Any]:
 
 
 def compiled(setting: Setting) -> dict[str, Any]:
-    """Part 4: each layer by torch.compile."""
-    return micro_batch(setting, "compile", setting.tokens(16384))
+    """Part 4: each layer by torch.compile, and one trace: where the time goes."""
+    return micro_batch(setting, "compile", setting.tokens(16384), profile=True)
 
 
 # -- call 2 ----------------------------------------------------------------------------------------------------------

