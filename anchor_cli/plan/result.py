@@ -9,8 +9,9 @@ from anchor_cli.plan.contrast import ContrastWork
 from anchor_cli.plan.hardware import Gpu
 from anchor_cli.plan.memory import Memory
 
-ASSUMED_MFU = 0.40
-"""Share of the card's peak spent on useful work; assumption: no GPU was measured (docs/benchmarks.md)."""
+ASSUMED_MFU = 0.35
+"""Share of the card's peak spent on useful work; assumption. One H200 had 0.368 in the forward and backward pass of
+Qwen3-0.6B (docs/benchmarks.md), without optimizer and network."""
 
 
 @dataclass(frozen=True)
