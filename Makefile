@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 EXTRAS := dev,sentence-transformers,tensorboard,bm25,minhash
 # A file's tests stay together: they share started processes. One worker more than there are cores, because tests wait
 # for processes and deadlines, too. `make test PYTEST_FLAGS=` runs one after the other.
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, 1 + os.cpu_count()))')
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, 1 + os.cpu_count()))')
 PYTEST_FLAGS ?= --numprocesses $(WORKERS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 

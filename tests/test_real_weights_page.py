@@ -32,8 +32,7 @@ def test_the_defaults_are_those_of_the_best_start() -> None:
     """By the largest pass that is complete; else the page says something else than the spec."""
     from anchor_cli.spec.spec import RunSpec
 
-    [full] = [sizes for sizes in study.PASSES if sizes.name == "full"]
-    scores = study_page.ends(results(), full)
+    scores = study_page.ends(results(), study.named(study.PASSES, "full"))
     assert {arm: len(each) for arm, each in scores.items()} == {arm.name: 2 for arm in study.ARMS}
     best = max(study.ARMS, key=lambda arm: sum(scores[arm.name]))
     default = {key: RunSpec.model_fields[key].default for key in ("reconstruction_targets", "d2q_weight", "q2d_weight")}

@@ -24,13 +24,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_models import SOURCES, make_model
@@ -38,8 +38,8 @@ from make_models import SOURCES, make_model
 from anchor_cli.base.contract import INSTRUCTION_EN, INSTRUCTION_KO
 
 DOCS = Path(__file__).parents[2] / "docs" / "real-weights"
-INSTRUCTIONS = {"en": {"en": INSTRUCTION_EN}, "ko-en": {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}}
-"""By training pairs: STATE/data/NAME.jsonl."""
+PAIRS = {"en.jsonl": {"en": INSTRUCTION_EN}, "train_ko_en": {"ko": INSTRUCTION_KO, "en": INSTRUCTION_EN}}
+"""Training pairs in STATE/data, and their instructions; `anchor prepare` tells the language of a row."""
 Result = dict[str, Any]
 
 
@@ -76,7 +76,7 @@ class Pass:
     vaswani: tuple[int, int] | None = None
     """Queries, and documents besides those judged for them; None: not evaluated on vaswani, which costs most."""
     model: str = "smollm2"
-    training: str = "en"
+    pairs: str = "en.jsonl"
     main_set: str = "en:xquad-held-out"
     """Language and folder of the benchmark that every evaluation has."""
     rate_one: float = 1e-4
@@ -88,16 +88,17 @@ class Pass:
 PASSES = (
     Pass("pilot", 48, 8, (20,), (20,), 10),
     Pass("full", 96, 16, (80, 160, 240), (240,), 60, (93, 1000)),
-    Pass("gemma3", 128, 16, (500, 2000), (2000,), 100, (93, 1000), "gemma3", "ko-en", "ko:welfare-ko"),
+    Pass("gemma3", 128, 16, (500, 2000), (2000,), 100, (93, 1000), "gemma3", "train_ko_en", "ko:welfare-ko"),
 )
 SEEDS = (1, 2)
+Named = TypeVar("Named", Arm, Pass)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
 def write_data(shared: Path, state: Path) -> None:
-    """STATE/data: en.jsonl, ko-en.jsonl, and in BEIR's layout xquad-held-out/, welfare-ko/, a vaswani sample a pass."""
+    """STATE/data: the pairs (PAIRS), and in BEIR's layout xquad-held-out/, welfare-ko/, a vaswani sample a pass."""
     out = state / "data"
     if (out / "done").is_file():
         return
@@ -109,10 +110,9 @@ def write_data(shared: Path, state: Path) -> None:
     held_out = {text for index, text in enumerate(paragraphs) if index // 5 % 4 == 3}
     train = [row for row in xquad if row["document"] not in held_out]
     train += read_lines(shared / "pairs" / "pubmedqa.en.jsonl")
-    rows = [{"anchor": row["query"], "positive": row["document"], "language": "en"} for row in train]
-    write_lines(out / "en.jsonl", rows)
-    write_lines(out / "ko-en.jsonl", korean_and_english(shared / "pairs" / "train_ko_en"))
-    shutil.copytree(shared / "beir" / "welfare-ko", out / "welfare-ko", copy_function=shutil.copyfile)
+    write_lines(out / "en.jsonl", [{"anchor": row["query"], "positive": row["document"]} for row in train])
+    for folder in ("pairs/train_ko_en", "beir/welfare-ko"):
+        shutil.copytree(shared / folder, out / Path(folder).name, copy_function=shutil.copyfile)
     number = {text: f"p{index}" for index, text in enumerate(paragraphs)}
     asked = [row for row in xquad if row["document"] in held_out]
     random.Random(0).shuffle(asked)
@@ -127,16 +127,6 @@ def write_data(shared: Path, state: Path) -> None:
         if each.vaswani:
             sample_vaswani(shared / "beir" / "vaswani", out / f"vaswani-{each.name}", *each.vaswani)
     (out / "done").touch()
-
-
-def korean_and_english(folder: Path) -> list[dict[str, Any]]:
-    """The mixed pairs, with their language: Korean where a text has a Hangul syllable."""
-    from datasets import load_from_disk
-
-    rows: list[dict[str, Any]] = [dict(row) for row in load_from_disk(str(folder))]
-    for row in rows:
-        row["language"] = "ko" if any("가" <= letter <= "힣" for text in row.values() for letter in text) else "en"
-    return rows
 
 
 def sample_vaswani(source: Path, out: Path, num_queries: int, num_others: int) -> None:
@@ -174,19 +164,18 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def prepared(state: Path, sizes: Pass) -> Path:
     """The training pairs of a pass, prepared once."""
-    from anchor_cli.data.prepare.prepare import Options, prepare
+    from anchor_cli.data.prepare.prepare import prepare
 
     out = state / f"prepared-{sizes.model}-{sizes.max_seq_length}"
     if not out.is_dir():
         prepare(
-            [str(state / "data" / f"{sizes.training}.jsonl")],
+            [str(state / "data" / sizes.pairs)],
             out,
             tokenizer=make_model(sizes.model),
             max_seq_length=sizes.max_seq_length,
             text_template=SOURCES[sizes.model].text_template,
-            options=Options(query_column="anchor", document_column="positive", language_column="language"),
-            instructions=INSTRUCTIONS[sizes.training],
-            training_instructions=INSTRUCTIONS[sizes.training],
+            instructions=PAIRS[sizes.pairs],
+            training_instructions=PAIRS[sizes.pairs],
         )
     return out
 
@@ -220,7 +209,7 @@ class Study:
             "experiment_id": run,
             "max_seq_length": sizes.max_seq_length,
             "text_template": SOURCES[sizes.model].text_template,
-            "instructions": INSTRUCTIONS[sizes.training],
+            "instructions": PAIRS[sizes.pairs],
             "warmup_ratio": sizes.warmup,
             "global_batch_size": sizes.pairs_per_step,
             "precision": here["precision"],
@@ -285,10 +274,11 @@ class Study:
         from anchor_cli.data.text import load_tokenizer
         from anchor_cli.evaluate.embedder import PackedEmbedder
         from anchor_cli.evaluate.evaluate import evaluate
+        from anchor_cli.evaluate.search import device_of
         from anchor_cli.model.backbone import load_backbone
         from anchor_cli.model.encoder import PackedEncoder
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(device_of(None))
         model = PackedEncoder(load_backbone(folder, dtype=torch.float32), kernel="sdpa").to(device)
         embedder = PackedEmbedder(
             model.encode,
@@ -333,15 +323,17 @@ def key_of(stage: str, arm: Arm, sizes: Pass, seed: int, steps: int) -> Key:
     return {"pass": sizes.name, "stage": stage, "arm": arm.name, "seed": seed, "steps_one": steps}
 
 
+def named(things: Sequence[Named], name: str) -> Named:
+    return next(each for each in things if each.name == name)
+
+
 def do(study: Study, keys: list[Key]) -> None:
     """Tasks one after another; the result of each goes to STATE/results.jsonl."""
     for key in keys:
         began = time.monotonic()
         print(time.strftime("%H:%M:%S"), json.dumps(key), file=sys.stderr, flush=True)
-        arm = next(each for each in ARMS if each.name == key["arm"])
-        sizes = next(each for each in PASSES if each.name == key["pass"])
         method = study.stage_one if key["stage"] == "I" else study.stage_two
-        row = key | method(arm, sizes, key["seed"], key["steps_one"])
+        row = key | method(named(ARMS, key["arm"]), named(PASSES, key["pass"]), key["seed"], key["steps_one"])
         row |= {"seconds": round(time.monotonic() - began), **place()}
         with (study.state / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -350,7 +342,7 @@ def do(study: Study, keys: list[Key]) -> None:
 def side_by_side(study: Study, keys: list[Key], jobs: int) -> None:
     """Runs of an arm and seed each in a process of its own; the data that they share are prepared before."""
     for name in dict.fromkeys(key["pass"] for key in keys):
-        prepared(study.state, next(each for each in PASSES if each.name == name))
+        prepared(study.state, named(PASSES, name))
     runs: dict[tuple[Any, ...], list[Key]] = {}
     for key in keys:
         runs.setdefault((key["pass"], key["arm"], key["seed"]), []).append(key)
