@@ -77,6 +77,8 @@ class Pass:
     """Queries, and documents besides those judged for them; None: not evaluated on vaswani, which costs most."""
     model: str = "smollm2"
     pairs: str = "en.jsonl"
+    steps_two_alone: int = 0
+    """The control: Stage II from the untrained model for as many steps as both stages have; 0: not run."""
     main_set: str = "en:xquad-held-out"
     """Language and folder of the benchmark that every evaluation has."""
     rate_one: float = 1e-4
@@ -84,10 +86,15 @@ class Pass:
     warmup: float = 0.1
     temperature: float = 0.05
 
+    @property
+    def steps_two_of(self) -> dict[str, int]:
+        """Steps of Stage II that the results of each stage have."""
+        return {"I": 0, "II": self.steps_two, "II alone": self.steps_two_alone}
+
 
 PASSES = (
     Pass("pilot", 48, 8, (20,), (20,), 10),
-    Pass("full", 96, 16, (80, 160, 240), (240,), 60, (93, 1000)),
+    Pass("full", 96, 16, (80, 160, 240), (240,), 60, (93, 1000), steps_two_alone=300),
     Pass("gemma3", 128, 16, (500, 2000), (2000,), 100, (93, 1000), "gemma3", "train_ko_en", "ko:welfare-ko"),
 )
 SEEDS = (1, 2)
@@ -249,23 +256,22 @@ class Study:
                 max_steps=sizes.rounds[-1], learning_rate=sizes.rate_one, seed=seed,
                 reconstruction_targets=arm.targets, d2q_weight=arm.d2q, q2d_weight=arm.q2d,
             )  # fmt: skip
-        at_end = steps in (0, *sizes.stage_two_after)
-        return trained | self.evaluate(self.start_of(arm, sizes, seed, steps), sizes, with_vaswani=at_end)
+        return trained | self.evaluate(self.start_of(arm, sizes, seed, steps), sizes)
 
-    def stage_two(self, arm: Arm, sizes: Pass, seed: int, steps: int) -> Result:
-        """Stage II from an arm's checkpoint, evaluated; its own checkpoint is removed then."""
-        run = f"{stage_one_run(arm, sizes, seed)}-{steps}-stage-two"
+    def stage_two(self, arm: Arm, sizes: Pass, seed: int, steps: int, steps_two: int) -> Result:
+        """`steps_two` steps of Stage II from an arm's checkpoint, evaluated; its own checkpoint is removed then."""
+        run = f"{stage_one_run(arm, sizes, seed)}-{steps}-stage-two-{steps_two}"
         trained = self.train(
-            run, sizes, self.start_of(arm, sizes, seed, steps), sizes.steps_two,
-            stage="II", max_steps=sizes.steps_two, learning_rate=sizes.rate_two, seed=seed,
+            run, sizes, self.start_of(arm, sizes, seed, steps), steps_two,
+            stage="II", max_steps=steps_two, learning_rate=sizes.rate_two, seed=seed,
             temperature=sizes.temperature,
         )  # fmt: skip
-        checkpoint = self.checkpoint(run, sizes.steps_two)
-        scores = self.evaluate(checkpoint, sizes, with_vaswani=True)
+        checkpoint = self.checkpoint(run, steps_two)
+        scores = self.evaluate(checkpoint, sizes)
         shutil.rmtree(checkpoint)
         return trained | scores
 
-    def evaluate(self, folder: Path, sizes: Pass, *, with_vaswani: bool) -> Result:
+    def evaluate(self, folder: Path, sizes: Pass) -> Result:
         """Scores and embedding health under the contract of the pass, which an untrained folder does not have."""
         import torch
 
@@ -288,7 +294,7 @@ class Study:
             dimension=int(model.language_model.config.hidden_size),
             device=device,
         )
-        sets = [sizes.main_set, *([f"en:vaswani-{sizes.name}"] if with_vaswani and sizes.vaswani else [])]
+        sets = [sizes.main_set, *([f"en:vaswani-{sizes.name}"] if sizes.vaswani else [])]
         places = [each.split(":") for each in sets]
         benchmarks = load_benchmarks([f"{language}:{self.state / 'data' / name}" for language, name in places])
         with torch.inference_mode():
@@ -317,6 +323,8 @@ def tasks() -> Iterator[Key]:
                     for arm in ARMS:
                         if arm.targets or steps == sizes.stage_two_after[0]:
                             yield key_of("II", arm, sizes, seed, steps if arm.targets else 0)
+            if sizes.steps_two_alone:
+                yield key_of("II alone", untrained, sizes, seed, 0)
 
 
 def key_of(stage: str, arm: Arm, sizes: Pass, seed: int, steps: int) -> Key:
@@ -332,8 +340,10 @@ def do(study: Study, keys: list[Key]) -> None:
     for key in keys:
         began = time.monotonic()
         print(time.strftime("%H:%M:%S"), json.dumps(key), file=sys.stderr, flush=True)
-        method = study.stage_one if key["stage"] == "I" else study.stage_two
-        row = key | method(named(ARMS, key["arm"]), named(PASSES, key["pass"]), key["seed"], key["steps_one"])
+        arm, sizes = named(ARMS, key["arm"]), named(PASSES, key["pass"])
+        run = (arm, sizes, key["seed"], key["steps_one"])
+        steps_two = sizes.steps_two_of[key["stage"]]
+        row = key | (study.stage_two(*run, steps_two) if steps_two else study.stage_one(*run))
         row |= {"seconds": round(time.monotonic() - began), **place()}
         with (study.state / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

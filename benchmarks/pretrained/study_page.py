@@ -77,13 +77,13 @@ def table(rows: list[Result], sizes: Pass) -> Iterable[str]:
     yield "|---|---|---|---|---|" + "---|" * len(columns)
     for arm in ARMS:
         for steps in (0, *sizes.rounds):
-            for stage in ("I", "II"):
+            for stage, steps_two in sizes.steps_two_of.items():
                 some = [
                     row for row in rows
                     if (row["arm"], row["steps_one"], row["stage"]) == (arm.name, steps, stage)
                 ]  # fmt: skip
                 if some:
-                    yield line(arm.name, steps, sizes.steps_two if stage == "II" else 0, some, sets)
+                    yield line(arm.name, steps, steps_two, some, sets)
 
 
 def line(arm: str, steps: int, steps_two: int, rows: list[Result], sets: list[str]) -> str:
