@@ -44,7 +44,9 @@ def test_a_wrong_name_is_answered_before_anything_heavy_is_loaded(tmp_path: Path
     wrong = ["eval nowhere", "export nowhere", "search nowhere corpus question", "checkpoints list nowhere",
              "report nowhere", "replay nowhere --step 1", "train nowhere.json", "plan nowhere.json",
              "verify-resume nowhere.json", "prepare nowhere.jsonl --out x",
-             "mine nowhere.jsonl --model nowhere --out x"]  # fmt: skip
+             "mine nowhere.jsonl --model nowhere --out x", "mine nowhere.jsonl --model . --out x",
+             "mine . --model . --corpus nowhere --out x",
+             "mine . --model . --cross-encoder ./nowhere --out x"]  # fmt: skip
     script = (
         f"import sys\nfrom anchor_cli.cli import run\nfor line in {wrong}:\n    code = run(line.split())\n"
         "    print(code, sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"

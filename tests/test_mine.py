@@ -380,7 +380,7 @@ def test_the_command_with_one_and_two_processes(prepared: Path, small_model: Pat
     [
         (["--range-min", "9", "--range-max", "9"], "--range-min 9"),
         (["--corpus", "nowhere"], "nowhere"),
-        (["--cross-encoder", "./nowhere"], "--cross-encoder ./nowhere: cannot be loaded"),
+        (["--cross-encoder", "/"], "--cross-encoder /: cannot be loaded"),
     ],
 )
 def test_a_wrong_option_is_refused(

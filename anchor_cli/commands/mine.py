@@ -52,6 +52,9 @@ def mine(
     folder is prepared data for Stage II, with mining.html to read.
     """
     from anchor_cli.base.checkpoints import find_checkpoint
+    from anchor_cli.base.hub import has_hub_form
+    from anchor_cli.data.documents import read_documents
+    from anchor_cli.data.sources.sources import require_there
     from anchor_cli.mine.select import REJECTED, REJECTED_BY_A_THRESHOLD, Rules
     from anchor_cli.processes.ranks import environment_ranks
 
@@ -62,10 +65,14 @@ def mine(
         min_characters,
     )  # fmt: skip
     folder = find_checkpoint(model)
+    require_there([str(pairs)])
+    if cross_encoder and not Path(cross_encoder).is_dir() and not has_hub_form(cross_encoder):
+        raise InputError(f"--cross-encoder {cross_encoder}: no such folder")
+    further = [text for name in corpus or [] for text in read_documents(name).values()]
     place, ranks = Path(out), environment_ranks()
-    from anchor_cli.mine.run import Mining, corpus_texts, finish, mine_rank, prepare_raw_pairs, require_new
+    from anchor_cli.mine.run import Mining, finish, mine_rank, prepare_raw_pairs, require_new
 
-    job = Mining(pairs, folder, place, rules, corpus_texts(corpus or []), work_dir, batch_tokens, cross_encoder)
+    job = Mining(pairs, folder, place, rules, further, work_dir, batch_tokens, cross_encoder)
     require_new(job)
     if ranks is None:
         from anchor_cli.processes.gpus import local_gpus, require_usable_gpus

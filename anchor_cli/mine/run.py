@@ -23,7 +23,7 @@ from anchor_cli.base.console import progress, say, warn
 from anchor_cli.base.contract import FILE_NAME, read_contract
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.base.files import fsync_tree, write_json
-from anchor_cli.data.documents import read_documents
+from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.prepare.prepare import Options, prepare
 from anchor_cli.data.text import load_tokenizer
@@ -105,11 +105,6 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def corpus_texts(names: Sequence[str]) -> list[str]:
-    """Further documents, in order."""
-    return [text for name in names for text in read_documents(name).values()]
-
-
 def identity_of(mining: Mining, corpus: Corpus) -> dict[str, Any]:
     """What the embeddings depend on."""
     files = sorted(path for path in mining.model.iterdir() if path.suffix in (".safetensors", ".json"))
@@ -150,6 +145,8 @@ def load_cross_encoder(model: str, device: str) -> CrossEncoder:
     Raises:
         InputError: it cannot be loaded, or gives a pair of texts more than one number.
     """
+    if not Path(model).is_dir():
+        go_offline_if_the_hub_is_silent()
     try:
         from sentence_transformers import CrossEncoder
 
