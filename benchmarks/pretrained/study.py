@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,18 +73,19 @@ class Pass:
     stage_two_after: tuple[int, ...]
     """Rounds after which Stage II is trained from every arm."""
     steps_two: int
+    _: KW_ONLY
     vaswani: tuple[int, int] | None = None
     """Queries, and documents besides those judged for them; None: not evaluated on vaswani, which costs most."""
     model: str = "smollm2"
     pairs: str = "en.jsonl"
-    steps_two_alone: int = 0
-    """The control: Stage II from the untrained model for as many steps as both stages have; 0: not run."""
     main_set: str = "en:xquad-held-out"
     """Language and folder of the benchmark that every evaluation has."""
     rate_one: float = 1e-4
     rate_two: float = 5e-5
     warmup: float = 0.1
     temperature: float = 0.05
+    steps_two_alone: int = 0
+    """The control: Stage II from the untrained model for as many steps as both stages have; 0: not run."""
 
     @property
     def steps_two_of(self) -> dict[str, int]:
@@ -94,8 +95,20 @@ class Pass:
 
 PASSES = (
     Pass("pilot", 48, 8, (20,), (20,), 10),
-    Pass("full", 96, 16, (80, 160, 240), (240,), 60, (93, 1000), steps_two_alone=300),
-    Pass("gemma3", 128, 16, (500, 2000), (2000,), 100, (93, 1000), "gemma3", "train_ko_en", "ko:welfare-ko"),
+    Pass("full", 96, 16, (80, 160, 240), (240,), 60, vaswani=(93, 1000), steps_two_alone=300),
+    Pass(
+        "gemma3",
+        128,
+        16,
+        (500, 2000),
+        (2000,),
+        100,
+        vaswani=(93, 1000),
+        model="gemma3",
+        pairs="train_ko_en",
+        main_set="ko:welfare-ko",
+        steps_two_alone=2100,
+    ),
 )
 SEEDS = (1, 2)
 Named = TypeVar("Named", Arm, Pass)

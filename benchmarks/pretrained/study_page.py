@@ -130,8 +130,11 @@ def picture(rows: list[Result], sizes: Pass) -> None:
             panel.axhline(COLLAPSED_FROM[MEAN_COSINE], color="black", linestyle=":", label="warned of above")
         panel.set(title=title, xlabel="Stage I step")
         panel.legend(fontsize=8)
-    for index, (start, values) in enumerate(ends(rows, sizes).items()):
-        color = f"C{index - 1}" if index else "black"  # as in the other panels
+    after = ends(rows, sizes)
+    if values := control(rows, sizes):
+        after[f"untrained,\n{sizes.steps_two_alone} steps"] = values
+    for index, (start, values) in enumerate(after.items()):
+        color = f"C{index - 1}" if 0 < index < len(ARMS) else "black"  # as in the other panels
         panels[2].plot([start] * len(values), values, "o", color=color)
     panels[2].set(title=f"nDCG@10 after {sizes.steps_two} steps of Stage II", ylim=(0, None))
     panels[2].tick_params(axis="x", labelsize=7)
@@ -153,6 +156,11 @@ def verdict(results: list[Result]) -> Iterable[str]:
                 f"* Pass `{sizes.name}`, nDCG@10 on {sizes.main_set.split(':')[1]} after Stage II, means over seeds: "
                 f"{listed}. Two seeds of one start differ by {apart:.3f} at most."
             )
+        if scores_alone := control(results, sizes):
+            yield (
+                f"* Its control, `{ARMS[0].name}` with {sizes.steps_two_alone} steps of Stage II: "
+                f"{mean(scores_alone):.3f} ({', '.join(f'{score:.3f}' for score in scores_alone)})."
+            )
     yield ""
     yield TAIL.read_text(encoding="utf-8").rstrip()
 
@@ -160,9 +168,17 @@ def verdict(results: list[Result]) -> Iterable[str]:
 def ends(results: list[Result], sizes: Pass) -> dict[str, list[float]]:
     """nDCG@10 after Stage II, from the longest Stage I, by arm: a number a seed."""
     last = {arm.name: sizes.stage_two_after[-1] if arm.targets else 0 for arm in ARMS}
-    rows = [row for row in results if (row["pass"], row["stage"]) == (sizes.name, "II")]
     found: dict[str, list[float]] = {arm: [] for arm in last}
-    for row in rows:
-        if row["steps_one"] == last[row["arm"]]:
-            found[row["arm"]].append(row["scores"][main_set(sizes)]["ndcg@10"])
+    for row in results:
+        if (row["pass"], row["stage"]) == (sizes.name, "II") and row["steps_one"] == last[row["arm"]]:
+            found[row["arm"]].append(main_score(row, sizes))
     return found
+
+
+def control(results: list[Result], sizes: Pass) -> list[float]:
+    """nDCG@10 of Stage II alone with the steps of both stages, a number a seed."""
+    return [main_score(row, sizes) for row in results if (row["pass"], row["stage"]) == (sizes.name, "II alone")]
+
+
+def main_score(row: Result, sizes: Pass) -> float:
+    return float(row["scores"][main_set(sizes)]["ndcg@10"])
