@@ -47,6 +47,7 @@ def test_a_wrong_name_is_answered_before_anything_heavy_is_loaded(tmp_path: Path
              "mine nowhere.jsonl --model nowhere --out x", "mine nowhere.jsonl --model . --out x",
              "mine . --model . --corpus nowhere --out x",
              "mine . --model . --cross-encoder ./nowhere --out x"]  # fmt: skip
+    (tmp_path / "config.json").write_text("{}")  # `.` is a model folder
     script = (
         f"import sys\nfrom anchor_cli.cli import run\nfor line in {wrong}:\n    code = run(line.split())\n"
         "    print(code, sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"

@@ -227,7 +227,7 @@ def test_a_cross_encoders_scores_stand_beside_the_cosines(prepared: Path, small_
     done = store.result(0, mine.CROSS_ENCODER).stat().st_mtime_ns
     mine.score(corpus, CrossEncoderOfLengths(), store, mine.Place())
     assert store.result(0, mine.CROSS_ENCODER).stat().st_mtime_ns == done, "scored chunks are not scored again"
-    job = Mining(prepared, small_model, tmp_path / "out", rules, work_dir=store.folder, cross_encoder="lengths")
+    job = Mining(str(prepared), small_model, tmp_path / "out", rules, work_dir=store.folder, cross_encoder="lengths")
     finish(job, store, corpus)
     got, source = PreparedPairs.open(tmp_path / "out"), PreparedPairs.open(prepared)
     cosines = list(mine.records(mine.results(store, corpus), corpus, range(len(source))))
@@ -313,7 +313,7 @@ def test_real_rows_are_the_oracles_and_ten_kills_give_the_same_bytes(
     pairs = PreparedPairs.open("pairs")
     Path("whole").mkdir()
     Path("killed").mkdir()
-    job = Mining(Path("pairs"), Path("model"), Path("whole/mined"), Rules(), work_dir=Path("whole/work"))
+    job = Mining("pairs", Path("model"), Path("whole/mined"), Rules(), work_dir=Path("whole/work"))
     store, corpus = mine_rank(job, 0, 1, 0)
     vectors = [np.array(store.vectors(name, num, 32)) for name, num in
                (("queries", corpus.num_queries), ("documents", corpus.num_documents))]  # fmt: skip

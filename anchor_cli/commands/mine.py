@@ -14,8 +14,8 @@ from anchor_cli.commands.options import AsJson, Processes
 
 
 def mine(
-    pairs: Annotated[Path, typer.Argument(metavar="PAIRS", help="Prepared pairs, or what anchor prepare reads.")],
-    model: Annotated[str, typer.Option(help="A checkpoint, an export or any model folder, by path or name.")],
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="Prepared pairs, or what anchor prepare reads.")],
+    model: Annotated[str, typer.Option(help="A checkpoint, an export or any model, by path or name.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make; must not exist.")],
     corpus: Annotated[
         list[str] | None,
@@ -38,6 +38,10 @@ def mine(
     cross_encoder: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Keep this model's scores of positives and negatives, too.")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What PAIRS were prepared for, if not the model that mines. [--model]"),
+    ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep embeddings here. [DIR.mining beside --out, then removed]")
     ] = None,
@@ -51,10 +55,10 @@ def mine(
     never negatives; a row with fewer keeps what it has. Killed, the same command goes on and gives the same folder. The
     folder is prepared data for Stage II, with mining.html to read.
     """
-    from anchor_cli.base.checkpoints import find_checkpoint
     from anchor_cli.base.hub import has_hub_form
     from anchor_cli.data.documents import read_documents
     from anchor_cli.data.sources.sources import require_there
+    from anchor_cli.evaluate.places import resolve_models
     from anchor_cli.mine.select import REJECTED, REJECTED_BY_A_THRESHOLD, Rules
     from anchor_cli.processes.ranks import environment_ranks
 
@@ -64,15 +68,15 @@ def mine(
         num_negatives, range_min, range_max, min_score, max_score, absolute_margin, relative_margin, sampling, seed,
         min_characters,
     )  # fmt: skip
-    folder = find_checkpoint(model)
-    require_there([str(pairs)])
+    require_there([pairs])
+    folder = resolve_models([model])[0].folder
     if cross_encoder and not Path(cross_encoder).is_dir() and not has_hub_form(cross_encoder):
         raise InputError(f"--cross-encoder {cross_encoder}: no such folder")
     further = [text for name in corpus or [] for text in read_documents(name).values()]
     place, ranks = Path(out), environment_ranks()
     from anchor_cli.mine.run import Mining, finish, mine_rank, prepare_raw_pairs, require_new
 
-    job = Mining(pairs, folder, place, rules, further, work_dir, batch_tokens, cross_encoder)
+    job = Mining(pairs, folder, place, rules, further, work_dir, batch_tokens, cross_encoder, tokenizer)
     require_new(job)
     if ranks is None:
         from anchor_cli.processes.gpus import local_gpus, require_usable_gpus
@@ -81,8 +85,10 @@ def mine(
         prepare_raw_pairs(job)
         processes = nproc_per_node or max(1, len(local_gpus()))
         if processes > 1:
+            from anchor_cli.mine.store import claim
             from anchor_cli.processes.launch import launch
 
+            claim(job.store)
             launch(sys.argv[1:], processes, job.store)
             return
     rank, local_rank, world_size = ranks or (0, 0, 1)

@@ -159,9 +159,8 @@ def _folder_of_raw(spec: RunSpec, source: Path, contract: TextContract) -> Path:
     below = Path(spec.output_dir).expanduser() / "prepared"
     kept = contract.model_dump_json() + (" with negatives" if spec.stage == "II" else "")
     if not hub_set(spec.dataset_file_path):
-        identity = f"{source.absolute()}\n{_age(source)}\n{kept}"
         name = re.sub(r"[*?\[\]]", "", source.name.split(".")[0]) or "files"
-        return below / f"{name}-{_digest(identity)}"
+        return below / f"{name}-{raw_digest(spec.dataset_file_path, kept)}"
     stem = f"{source.name}-{_digest(spec.dataset_file_path + kept)}"
     revision = revision_of(spec.dataset_file_path)
     if revision is not None:
@@ -173,14 +172,34 @@ def _folder_of_raw(spec: RunSpec, source: Path, contract: TextContract) -> Path:
     return earlier[-1].parent
 
 
+def raw_digest(source: str, kept: str) -> str:
+    """A name for each state of a raw source and for what it is prepared under, `kept`: 12 hexadecimal digits.
+
+    The state is the names, sizes and times of its files, or the Hub's revision.
+    """
+    from anchor_cli.base.hub import hub_set, revision_of
+
+    if hub_set(source):
+        return _digest(f"{source}\n{revision_of(source)}\n{kept}")
+    place = Path(source).expanduser()
+    return _digest(f"{place.absolute()}\n{_age(place)}\n{kept}")
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _age(source: Path) -> str:
-    """Sizes and times of the source's files: a raw source that changed is prepared again."""
+    """Sizes and times of the source's files: a raw source that changed is prepared again.
+
+    Of a folder those that can be read as data: its own, and one folder down those of `datasets`. What lies elsewhere
+    below it may be this run's output.
+    """
     from anchor_cli.data.sources.locate import matching_files
 
-    files = sorted(source.rglob("*")) if source.is_dir() else matching_files(str(source))
+    if source.is_dir():
+        files = sorted(path for pattern in ("*", "*/state.json", "*/*.arrow") for path in source.glob(pattern))
+    else:
+        files = matching_files(str(source))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
-    return json.dumps(stats)
+    return json.dumps([entry for entry in stats if not entry[0].startswith(".")])

@@ -145,7 +145,7 @@ def run_stage_two(outcome: Outcome, beir_folders: list[Path]) -> StageTwo:
     folder, recipe, seconds = outcome.folder, outcome.recipe, outcome.seconds
     with _timed(seconds, "mine", "mining hard negatives with the trained model"):
         rules = Rules(num_negatives=NUM_NEGATIVES, relative_margin=0.0, seed=recipe.seed)
-        mining = Mining(folder / "prepared", outcome.checkpoint, folder / "mined", rules)
+        mining = Mining(str(folder / "prepared"), outcome.checkpoint, folder / "mined", rules)
         mined = finish(mining, *mine_rank(mining, 0, 1, 0))
     spec = write_spec(folder / "stage2.json", stage_two_keys(outcome, beir_folders))
     steps = recipe.stage_two_steps

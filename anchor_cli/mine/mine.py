@@ -13,7 +13,6 @@ again: a mining that was killed goes on, on any number of ranks, and gives the s
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,10 +24,11 @@ import numpy.typing as npt
 
 from anchor_cli.base.files import write_json
 from anchor_cli.data.text import canonical
+from anchor_cli.evaluate.search import check_finite
 from anchor_cli.mine.corpus import Corpus
 from anchor_cli.mine.search import QUERIES_A_BLOCK, cosines, nearest_of_block
 from anchor_cli.mine.select import Rules, choose, is_near_duplicate
-from anchor_cli.mine.store import Store, chunks_of, share_out
+from anchor_cli.mine.store import PLAN, Store, chunks_of, claim, share_out
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 TEXTS_A_CHUNK = 4096
 QUERIES_A_CHUNK = QUERIES_A_BLOCK
-PLAN = "plan.json"
 CROSS_ENCODER = "cross_encoder"
 
 
@@ -88,17 +87,17 @@ def plan_of(identity: dict[str, Any], rules: Rules, cross_encoder: str | None = 
 def begin(folder: Path, plan: dict[str, Any]) -> Store:
     """The store of this mining, with what an interrupted one has left: embeddings of the same texts and model,
     negatives under the same rules, scores of the same cross-encoder. Called by rank 0 before the others look."""
-    path = folder / PLAN
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    claim(folder)
+    path, store = folder / PLAN, Store(folder)
+    before = json.loads(path.read_text(encoding="utf-8"))
     if before.get("embeddings") != plan["embeddings"]:
-        shutil.rmtree(folder, ignore_errors=True)
+        store.clear()
     same_rules = before.get("rules") == plan["rules"]
     stale = [] if same_rules else list(folder.glob("negatives-*.npz"))  # embeddings stay
     if not same_rules or before.get("cross_encoder") != plan["cross_encoder"]:
         stale += folder.glob("cross_encoder-*.npz")
     for result in stale:
         result.unlink()
-    store = Store(folder)
     write_json(path, plan)
     return store
 
@@ -134,6 +133,7 @@ def _encode_side(name: str, num_texts: int, corpus: Corpus, embedder: Embedder, 
             for (prefix, language), places in sorted(alike.items()):
                 encoded = embedder.encode_training_queries([queries[at][0] for at in places], prefix, language)
                 vectors[np.array(places) + numbers.start] = encoded
+        check_finite(vectors[numbers.start : numbers.stop], f"{name} from number {numbers.start}")
         vectors.flush()  # type: ignore[attr-defined]
         store.mark_done(name, chunk)
 

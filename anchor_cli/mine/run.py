@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,20 +21,20 @@ import numpy as np
 import torch
 
 from anchor_cli.base.console import progress, say, warn
-from anchor_cli.base.contract import FILE_NAME, read_contract
+from anchor_cli.base.contract import FILE_NAME, TextContract, read_contract
 from anchor_cli.base.errors import InputError, first_line
 from anchor_cli.base.files import fsync_tree, write_json
 from anchor_cli.base.hub import go_offline_if_the_hub_is_silent
 from anchor_cli.data.pairs import MANIFEST, PreparedPairs
 from anchor_cli.data.prepare.prepare import Options, prepare
-from anchor_cli.data.text import load_tokenizer
-from anchor_cli.data.training_set import prepare_keys
+from anchor_cli.data.text import load_tokenizer, tokenizer_fingerprint
+from anchor_cli.data.training_set import prepare_keys, raw_digest
 from anchor_cli.evaluate.embedder import contract_of, load_embedder
 from anchor_cli.mine import mine
 from anchor_cli.mine.corpus import Corpus, corpus_of
 from anchor_cli.mine.page import write_page
 from anchor_cli.mine.select import REJECTED, Rules
-from anchor_cli.mine.store import Store
+from anchor_cli.mine.store import Store, claim, require_ours
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -46,7 +47,8 @@ HISTOGRAM_BINS = 50
 class Mining:
     """What `anchor mine` is asked for."""
 
-    pairs: Path
+    pairs: str
+    """Prepared pairs, or what `anchor prepare` reads."""
     model: Path
     out: Path
     rules: Rules
@@ -56,6 +58,13 @@ class Mining:
     """Where embeddings are kept; kept afterwards, too. None: beside `out`, removed when all is done."""
     batch_tokens: int = 16384
     cross_encoder: str | None = None
+    tokenizer: str | None = None
+    """The tokenizer that the pairs are, or will be, prepared with. None: the model's."""
+
+    @property
+    def of_pairs(self) -> str | Path:
+        """Where the tokenizer of the pairs is."""
+        return self.tokenizer or self.model
 
     @property
     def store(self) -> Path:
@@ -63,42 +72,71 @@ class Mining:
 
 
 def require_new(mining: Mining) -> None:
-    """Refuse a folder that is there. Raises InputError."""
+    """Refuse a folder that is there, and a store that holds something else. Raises InputError."""
     if mining.out.exists():
         raise InputError(f"{mining.out}: is there already", "name another folder with --out, or remove it")
+    require_ours(mining.store)
 
 
 def prepare_raw_pairs(mining: Mining) -> None:
-    """Prepare raw pairs beside the store under the model's contract, once; by one process, before ranks exist.
+    """Prepare raw pairs in the store under the model's contract, once; by one process, before ranks exist.
 
     Raises:
-        InputError: no such pairs, or none that can be used.
+        InputError: no such pairs, or none that can be used; the model's tokenizer is not one that anchor trains.
     """
-    if _is_prepared(mining.pairs) or _is_prepared(_prepared(mining)):
-        return
-    say(f"{mining.pairs}: raw pairs; preparing them first")
-    contract = contract_of(mining.model, load_tokenizer(mining.model))
-    _prepared(mining).parent.mkdir(parents=True, exist_ok=True)
-    prepare([str(mining.pairs)], _prepared(mining), **prepare_keys(contract, mining.model))
+    folder = pairs_folder(mining)
+    if not _is_prepared(folder):
+        say(f"{mining.pairs}: raw pairs; preparing them first")
+        claim(mining.store)
+        prepare([mining.pairs], folder, **prepare_keys(_contract_of_raw(mining), mining.of_pairs))
 
 
 def open_pairs(mining: Mining) -> PreparedPairs:
     """The pairs, or what `prepare_raw_pairs` made of them.
 
     Raises:
-        InputError: raw pairs under another's launcher; the hint is the line that prepares them.
+        InputError: raw pairs under another's launcher (the hint is the line that prepares them); pairs that were
+            prepared with another tokenizer, which has to make the tokens of their negatives, too.
     """
-    for folder in (mining.pairs, _prepared(mining)):
-        if _is_prepared(folder):
-            return PreparedPairs.open(folder)
-    raise InputError(
-        f"{mining.pairs}: raw pairs, which one of several processes cannot prepare for all",
-        f"prepare them once: anchor prepare {mining.pairs} --out DIR --tokenizer {mining.model}",
-    )
+    folder = pairs_folder(mining)
+    if not _is_prepared(folder):
+        raise InputError(
+            f"{mining.pairs}: raw pairs, which one of several processes cannot prepare for all",
+            f"prepare them once: anchor prepare {mining.pairs} --out DIR --tokenizer {mining.of_pairs}",
+        )
+    pairs = PreparedPairs.open(folder)
+    if _fingerprint(mining.of_pairs) != pairs.contract.tokenizer_fingerprint:
+        raise InputError(
+            f"{folder}: was prepared with another tokenizer than that of {mining.of_pairs}",
+            "name the model that it was prepared for, and that will train on it, with --tokenizer",
+        )
+    return pairs
 
 
-def _prepared(mining: Mining) -> Path:
-    return mining.store.with_name(f"{mining.store.name}-pairs")
+def _fingerprint(model: str | Path) -> str | None:
+    """Of a model's tokenizer; None: it has none that can be read."""
+    try:
+        return tokenizer_fingerprint(load_tokenizer(model))
+    except InputError:
+        return None
+
+
+def pairs_folder(mining: Mining) -> Path:
+    """The prepared pairs; of raw ones a folder in the store, for each state of them and each contract."""
+    given = Path(mining.pairs).expanduser()
+    if _is_prepared(given):
+        return given
+    return mining.store / f"pairs-{raw_digest(mining.pairs, _contract_of_raw(mining).model_dump_json())}"
+
+
+def _contract_of_raw(mining: Mining) -> TextContract:
+    try:
+        return contract_of(mining.of_pairs, load_tokenizer(mining.of_pairs))
+    except InputError as error:
+        if mining.tokenizer is not None:
+            raise
+        hint = "name the model that will train on these pairs with --tokenizer"
+        raise InputError(f"{mining.pairs}: cannot be prepared for {mining.model}: {error.message}", hint) from error
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -185,17 +223,19 @@ def finish(mining: Mining, store: Store, corpus: Corpus) -> dict[str, Any]:
         negatives=True,
         separator_as_text=not corpus.pairs.has_records,
         reported=None,
+        max_characters=sys.maxsize,  # those of the pairs were let in, and a corpus has its own rules
     )
-    prepare([str(rows)], staged, **prepare_keys(corpus.pairs.contract, mining.model), options=options)
+    written = prepare([str(rows)], staged, **prepare_keys(corpus.pairs.contract, mining.of_pairs), options=options)
     rows.unlink()
-    summary = summary_of(mining, mined, corpus)
+    if lost := written.tally.rejected:
+        warn(f"{lost.total():,} rows could not be written: {', '.join(lost)}; {mining.out / 'rejected.jsonl'} has them")
+    summary = summary_of(mining, mined, corpus) | {"rows": written.tally.num_kept}
     write_json(staged / SUMMARY, summary)
     write_page(staged / PAGE, summary, samples_of(mined, corpus))
     fsync_tree(staged)
     os.rename(staged, mining.out)
     if mining.work_dir is None:
-        for folder in (mining.store, _prepared(mining)):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(mining.store, ignore_errors=True)
     return summary
 
 

@@ -1,7 +1,8 @@
 """What a mining keeps while it works, so that it goes on after any kill: chunks that are whole or absent.
 
     {out}.mining/
-      plan.json                     what is mined, with what: another plan starts afresh
+      plan.json                     what is mined, with what: another plan starts afresh; {} until it is known
+      pairs-0123456789ab/           raw pairs, prepared
       queries.f32, documents.f32    embeddings, float32, one row a text
       documents-00012.done          the rows of chunk 12 are on the disk
       negatives-00003.npz           the negatives of the queries of chunk 3
@@ -22,8 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from anchor_cli.base.console import progress
-from anchor_cli.base.files import fsync_folder
+from anchor_cli.base.errors import InputError
+from anchor_cli.base.files import fsync_folder, write_json
 
+PLAN = "plan.json"
 Float32Array = npt.NDArray[np.float32]
 _LOOK_EVERY_S = 0.2
 
@@ -33,12 +36,33 @@ def chunks_of(num_items: int, size: int) -> list[range]:
     return [range(start, min(start + size, num_items)) for start in range(0, num_items, size)]
 
 
+def require_ours(folder: Path) -> None:
+    """Refuse a folder that holds files which no mining wrote. Raises InputError."""
+    if folder.is_dir() and not (folder / PLAN).is_file() and any(folder.iterdir()):
+        raise InputError(f"{folder}: holds files that anchor mine did not write", "name a new folder with --work-dir")
+
+
+def claim(folder: Path) -> None:
+    """`require_ours`, and mark it as a mining's before anything is written into it. Raises InputError."""
+    require_ours(folder)
+    if not (folder / PLAN).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, {})
+
+
 class Store:
     """The folder of one mining."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything that depends on the plan; a log, or what is not a mining's, stays."""
+        of_texts = [f"{name}{ending}" for name in ("queries", "documents") for ending in (".f32", "-*.done")]
+        for pattern in (*of_texts, "negatives-*.npz", "cross_encoder-*.npz", ".*.partial"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def vectors(self, name: str, num_rows: int, dimension: int) -> Float32Array:
         """(num_rows, dimension) embeddings, memory-mapped, to be written and read."""
