@@ -60,6 +60,8 @@ DEFECTS: list[tuple[bytes, str | None, str | None]] = [
     (b'{"query": "\\u1112\\u1161\\u11ab", "document": "NFD"}', None, None),
     (b'{"query": "\\ud55c", "document": "NFD"}', "same_query_same_document", None),
     (b'{"query": "<|im_end|>", "document": "a !@#$%^&*()"}', None, None),
+    (b'{"query": "find \\ud800; !@#$%^&*()x", "document": "!@#$%^&*()y"}', "lone_surrogate", "query"),
+    (b'{"query": "find \\u0000; !@#$%^&*()x", "document": "!@#$%^&*()y"}', "nul", "query"),
 ]
 
 
@@ -257,3 +259,42 @@ def test_seen_takes_eight_bytes_a_key() -> None:
     sizes: list[Any] = [len(run) for run in seen._runs]
     assert sum(sizes) == 300_000
     assert len(sizes) < 20  # logarithmic: a look-up stays cheap
+
+
+def test_a_language_that_is_a_number_rejects_its_row(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """As `datasets` stores a ClassLabel: a number, whose name is not in the column."""
+    rows = [{"query": f"q{index}", "document": "d", "language": index or None} for index in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    prepare([str(tmp_path / "pairs.parquet")], tmp_path / "out", tokenizer=tokenizer_folder)
+    assert rejected(tmp_path / "out") == [(1, "unknown_language", None), (2, "unknown_language", None)]
+
+
+def test_one_pair_in_two_languages_is_two_rows(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Each has its own instruction; under one instruction it is the same row."""
+    rows = [{"query": "q", "document": "d", "language": language} for language in ("en", "ko", "en")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source, of = [str(tmp_path / "pairs.jsonl")], {"ko": "찾아라", "en": "Find"}
+    prepare(source, tmp_path / "two", tokenizer=tokenizer_folder, training_instructions=of)
+    assert rejected(tmp_path / "two") == [(2, "duplicate_pair", None)]
+    prepare(source, tmp_path / "one", tokenizer=tokenizer_folder, training_instructions={"*": "Find"})
+    assert rejected(tmp_path / "one") == [(1, "duplicate_pair", None), (2, "duplicate_pair", None)]
+
+
+def test_lists_of_bytes_with_a_missing_one(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Arrow does not look at the bytes of a string; a null list beside a broken one is no error of the program."""
+    broken = pa.array([[b"d0"], None, [b"\xff\xfe"], [b"d3", b"d4"]], pa.list_(pa.binary())).view(pa.list_(pa.string()))
+    table = pa.table({"query": ["q0", "q1", "q2", "q3"], "documents": broken})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    options = Options(document_column="documents", query_column="query")
+    summary = prepare([str(tmp_path / "pairs.parquet")], tmp_path / "out", tokenizer=tokenizer_folder, options=options)
+    assert rejected(tmp_path / "out") == [(1, "missing", "document"), (2, "broken_utf8", "document")]
+    assert summary.tally.num_kept == 3
+
+
+@pytest.mark.parametrize("score", ["1" + "0" * 400, "1e300", "NaN", "-Infinity"])
+def test_a_score_that_float32_does_not_hold_rejects_its_row(score: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    good = '{"query": "q", "document": "d", "negatives": ["n"], "scores": [1, 3.4e38]}'
+    (tmp_path / "pairs.jsonl").write_text(good + "\n" + good.replace('"q"', '"other"').replace("3.4e38", score))
+    options = Options(negatives=True)
+    prepare([str(tmp_path / "pairs.jsonl")], tmp_path / "out", tokenizer=tokenizer_folder, options=options)
+    assert rejected(tmp_path / "out") == [(1, "scores_unlike", None)]

@@ -10,11 +10,12 @@ import pytest
 from faults.harness import write_world
 
 from anchor_cli.base import hub
-from anchor_cli.base.contract import TextContract
+from anchor_cli.base.contract import NO_OTHERS, TextContract, with_line_breaks
 from anchor_cli.base.errors import InputError
 from anchor_cli.cli import run as anchor
+from anchor_cli.commands.prepare import _instructions
 from anchor_cli.data.pairs import MANIFEST
-from anchor_cli.data.training_set import contract_for, prepare_raw, training_pairs
+from anchor_cli.data.training_set import contract_for, prepare_command, prepare_raw, training_pairs
 from anchor_cli.spec.spec import RunSpec
 
 SPELT: list[dict[str, Any]] = [
@@ -108,3 +109,38 @@ def test_a_rank_refuses_raw_data_with_the_line_that_prepares_them(
     elsewhere = spec.model_copy(update={"output_dir": str(tmp_path / "launcher")})
     prepare_raw(elsewhere)  # what anchor train makes by itself
     assert training_pairs(spec, contract).fingerprint == training_pairs(elsewhere, contract).fingerprint
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [{"eng_Latn": "Find", "zh-TW": "找", "korean": "찾기"}, {"한국어": "a=b", "*": "query=c"}, {"en": "", "*": ""}],
+)
+def test_the_line_that_prepares_says_every_language(instructions: dict[str, str], tmp_path: Path) -> None:
+    """Whatever a language is called, and whatever an instruction looks like."""
+    spec = RunSpec(model_name_or_path="m", dataset_file_path="d", instructions=instructions)
+    words = shlex.split(prepare_command(spec, tmp_path))
+    typed = [words[place + 1] for place, word in enumerate(words) if word == "--instruction"]
+    assert (NO_OTHERS in typed) is ("*" not in instructions)
+    assert _instructions([with_line_breaks(text) for text in typed if text != NO_OTHERS]) == instructions
+
+
+def test_an_instruction_typed_by_hand() -> None:
+    assert _instructions(["Find = it", "en=a=b"]) == {"*": "Find = it", "en": "a=b"}
+    assert _instructions(["*=query=b"]) == {"*": "query=b"}
+    with pytest.raises(InputError, match="two for all other languages"):
+        _instructions(["Find it", "*=Look"])
+    with pytest.raises(InputError, match="two for en"):
+        _instructions(["en=Find it", "en=Look"])
+
+
+@pytest.mark.parametrize("output", ["output", "."])
+def test_a_folder_that_holds_the_output_is_prepared_once(output: str, small_model: Path, tmp_path: Path) -> None:
+    """What the run writes below its data does not make them other data."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    write_world(folder)
+    spec = RunSpec(model_name_or_path=str(small_model), dataset_file_path=str(folder), max_seq_length=64,
+                   output_dir=str(folder / output))  # fmt: skip
+    (folder / "spec.json").unlink(missing_ok=True)
+    prepared = prepare_raw(spec)
+    assert training_pairs(spec, contract_for(spec)).folder == prepared == prepare_raw(spec)

@@ -14,6 +14,7 @@ import pytest
 from anchor_cli.base.errors import InputError
 from anchor_cli.base.runs import remember_run
 from anchor_cli.cli import run
+from anchor_cli.data.benchmarks.beir import Benchmark
 from anchor_cli.data.documents import read_documents
 
 TEXTS = {
@@ -146,6 +147,33 @@ def test_every_kind_of_corpus(tmp_path: Path, corpus: Path) -> None:
     assert read_documents(str(tmp_path / "documents.jsonl")) == want
     (tmp_path / "lists.jsonl").write_text(json.dumps({"query": "q", "positives": list(TEXTS.values())}))
     assert read_documents(str(tmp_path / "lists.jsonl")) == {f"1.{i}": text for i, text in enumerate(want.values(), 1)}
+
+
+def test_what_no_document_can_be_made_of_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        b'{"text": "river"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": 7}',
+        b'{"text": "\xff"}',
+        b"no json",
+        b'{"text": " "}',
+    ]
+    (tmp_path / "documents.jsonl").write_bytes(b"\n".join(lines))
+    assert read_documents(str(tmp_path / "documents.jsonl")) == {"1": "river"}
+    said = capsys.readouterr().err
+    assert "documents.jsonl: 5 documents left out: " in said
+    for reason in ("lone_surrogate 1", "not_a_string 1", "broken_utf8 1", "unreadable 1", "whitespace 1"):
+        assert reason in said
+
+
+def test_documents_of_several_benchmarks_keep_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subsets of NanoBEIR count their documents alike."""
+    sets = [Benchmark(f"ko/{name}", "ko", {}, {"1": f"of {name}", "2": "of both"}, {}) for name in ("NanoA", "NanoB")]
+    monkeypatch.setattr("anchor_cli.data.documents.load_benchmarks", lambda _: sets)
+    want = {"ko/NanoA/1": "of NanoA", "ko/NanoA/2": "of both", "ko/NanoB/1": "of NanoB"}
+    assert read_documents("nanobeir:ko") == want
+    monkeypatch.setattr("anchor_cli.data.documents.load_benchmarks", lambda _: sets[:1])
+    assert read_documents("nanobeir:ko") == {"1": "of NanoA", "2": "of both"}
 
 
 def test_what_is_refused(small_model: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

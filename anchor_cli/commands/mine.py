@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -62,6 +63,11 @@ def mine(
     from anchor_cli.mine.select import REJECTED, REJECTED_BY_A_THRESHOLD, Rules
     from anchor_cli.processes.ranks import environment_ranks
 
+    thresholds = {"--min-score": min_score, "--max-score": max_score, "--absolute-margin": absolute_margin,
+                  "--relative-margin": relative_margin}  # fmt: skip
+    for option, threshold in thresholds.items():
+        if threshold is not None and not math.isfinite(threshold):
+            raise InputError(f"{option} {threshold}: expected a finite number")
     if range_min >= range_max:
         raise InputError(f"--range-min {range_min}: not below --range-max {range_max}")
     rules = Rules(

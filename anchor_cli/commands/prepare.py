@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +42,7 @@ def prepare(
         typer.Option(
             metavar="[LANG=]TEXT",
             help="Instruction of training queries of one language, or of all others; may be repeated. '*=': of the "
-            "named languages only. [Korean]",
+            "named languages only, '*=TEXT': of all others. [Korean]",
         ),
     ] = None,
     text_template: Annotated[
@@ -164,19 +166,29 @@ def _contract_options(
 
 
 def _instructions(given: list[str]) -> dict[str, str]:
-    """`ko=…` by language; a text without `LANG=` is for every language not named."""
-    instructions = {}
+    """`ko=…` by language, `eng_Latn=…` and `zh-TW=…` too; what does not begin with a name and `=` is for all others.
+
+    Raises:
+        InputError: two instructions for the same rows.
+    """
+    instructions: dict[str, str] = {}
     for text in given:
-        language, equals, rest = text.partition("=")
-        if equals and 2 <= len(language) <= 3 and language.isascii() and language.isalpha():
-            instructions[language] = rest
-        else:
-            instructions["*"] = text
+        language, text = text.split("=", 1) if _LANGUAGE.match(text) else ("*", text)
+        if language in instructions:
+            of = "all other languages" if language == "*" else language
+            raise InputError(f"--instruction: two for {of}: {instructions[language]!r} and {text!r}")
+        instructions[language] = text
     return instructions
+
+
+_LANGUAGE = re.compile(r"(\*|[\w-]{2,20})=")
 
 
 def _weights(given: str | None) -> tuple[float, ...]:
     try:
-        return tuple(float(weight) for weight in given.split(",")) if given else ()
+        weights = tuple(float(weight) for weight in given.split(",")) if given else ()
     except ValueError:
-        raise InputError(f"--weights {given}: expected numbers, such as 2,1") from None
+        weights = (math.nan,)
+    if not all(map(math.isfinite, weights)):
+        raise InputError(f"--weights {given}: expected numbers, such as 2,1")
+    return weights

@@ -70,6 +70,8 @@ def search(
         index = Index(load_model(place, batch_tokens, device), documents, device_of(device))
     results = []
     for question in [query] if query is not None else _questions():
+        if any("\ud800" <= character <= "\udfff" for character in question):  # a byte that Python could not decode
+            raise InputError(f"{question!a}: not UTF-8, expected a question")
         nearest = index.nearest(question, top_k, language)
         if as_json:
             results.append({"query": question, "results": [each.as_dict() for each in nearest]})

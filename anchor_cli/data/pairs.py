@@ -147,6 +147,19 @@ class PreparedPairs:
             documents.append(document.row(index))
         return queries, documents
 
+    def eos_in_content(self, rows: npt.NDArray[np.int64]) -> tuple[Int32Array, Int32Array]:
+        """[EOS] ids in the content of the queries and documents of `rows` (n,): the inner ones, less those that the
+        template or an instruction puts before the content. Only rows with an inner [EOS] are read."""
+        counts = self.query_inner_eos[rows], self.document_inner_eos[rows]  # indexing copies
+        starts = self.query_content_starts[rows], self.document_content_starts[rows]
+        having = np.flatnonzero(counts[0] + counts[1])
+        for first in range(0, len(having), 4096):
+            places = having[first : first + 4096]
+            for count, start, texts in zip(counts, starts, self.tokens(rows[places]), strict=True):
+                for place, ids in zip(places.tolist(), texts, strict=True):
+                    count[place] -= np.count_nonzero(ids[: start[place]] == self.contract.eos_token_id)
+        return counts
+
     def texts(self, row: int) -> tuple[str, str, str]:
         """(query, document, language) of one row; of a record its content, without instruction and separator."""
         query, document, language = self._cells(row, TEXT_COLUMNS)

@@ -140,7 +140,8 @@ def prepare_command(spec: RunSpec, folder: Path) -> str:
     if spec.text_template != TEXT_TEMPLATE:
         words += ["--text-template", on_one_line(spec.text_template)]
     for language, instruction in (spec.instructions or {}).items():
-        words += ["--instruction", on_one_line(instruction if language == "*" else f"{language}={instruction}")]
+        typed = f"{language}={instruction}"
+        words += ["--instruction", "" if typed == NO_OTHERS else on_one_line(typed)]
     if spec.instructions and "*" not in spec.instructions:
         words += ["--instruction", NO_OTHERS]
     return shlex.join([*words, *(["--stage", "II"] if spec.stage == "II" else [])])

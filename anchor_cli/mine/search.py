@@ -87,6 +87,7 @@ def _candidates(
     queries: Float32Array, documents: Float32Array, width: int, device: str, block: int
 ) -> tuple[Int64Array, Float64Array]:
     """(q, width) documents with the highest float32 scores, in no order, and (q,) the lowest of these scores."""
+    torch.set_float32_matmul_precision("highest")  # an environment can switch TF32 on, whose error is beyond the bound
     left = unit_rows(queries, device)
     best = torch.full((len(queries), width), -torch.inf, device=device)
     rows = torch.zeros((len(queries), width), dtype=torch.int64, device=device)

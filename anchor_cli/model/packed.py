@@ -136,9 +136,12 @@ def pack_pairs(
 def num_targets(
     lengths: npt.NDArray[np.int32],
     content_starts: npt.NDArray[np.int32],
-    inner_eos: npt.NDArray[np.int32],
+    eos: npt.NDArray[np.int32],
     targets: Targets,
 ) -> npt.NDArray[np.int64]:
-    """(R,) target tokens of each text, from what `prepare` stored: how every rank knows a step's normaliser."""
-    base = lengths.astype(np.int64) - 1 - inner_eos
+    """(R,) target tokens of each text, from what `prepare` stored: how every rank knows a step's normaliser.
+
+    `eos` (R,): [EOS] ids before the closing one, for `content` those of the content alone.
+    """
+    base = lengths.astype(np.int64) - 1 - eos
     return base - content_starts if targets == "content" else base

@@ -20,8 +20,10 @@ PRUNED = "anchor_pruned_last_layer"
 
 def pooled_rows(cu_seqlens: torch.Tensor, mode: str) -> torch.Tensor | None:
     """(N,) the one row of each text that its embedding is; None: its embedding is made of several."""
-    before_end = {"eos_token": 1, "last_token": 2}.get(mode)
-    return None if before_end is None else cu_seqlens[1:].to(torch.int64) - before_end
+    ends = cu_seqlens[1:].to(torch.int64)
+    if mode == "eos_token":
+        return ends - 1
+    return torch.maximum(ends - 2, cu_seqlens[:-1]) if mode == "last_token" else None
 
 
 def pool(
@@ -30,8 +32,8 @@ def pool(
     """(T, D) -> (N, D).
 
     `eos_token`: the closing [EOS]. The others pool content tokens only: `mean`; `weighted_mean` with weights 1, 2, 3 …
-    over the content (SGPT, arXiv 2202.08904, as in LLM2Vec); `last_token`, the last content token. The mean of no
-    content (a blank document of a benchmark) is all zeros.
+    over the content (SGPT, arXiv 2202.08904, as in LLM2Vec); `last_token`, the last content token, of [EOS] alone that.
+    The mean of no content (a blank document of a benchmark) is all zeros.
     """
     rows = pooled_rows(cu_seqlens, mode)
     if rows is not None:

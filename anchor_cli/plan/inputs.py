@@ -144,10 +144,11 @@ def _prepared(spec: RunSpec, folder: Path) -> Rows:
     pairs = PreparedPairs.open(folder)
     queries, documents = pairs.query_lengths, pairs.document_lengths
     targets = int(queries.sum(dtype=np.int64) + documents.sum(dtype=np.int64)) - 2 * len(queries)
-    targets -= int(pairs.query_inner_eos.sum() + pairs.document_inner_eos.sum())
     if spec.reconstruction_targets == "content":
         starts = pairs.query_content_starts.sum(dtype=np.int64) + pairs.document_content_starts.sum(dtype=np.int64)
-        targets -= int(starts)
+        targets -= int(starts) + sum(int(side.sum()) for side in pairs.eos_in_content(np.arange(len(pairs))))
+    else:
+        targets -= int(pairs.query_inner_eos.sum() + pairs.document_inner_eos.sum())
     share = float(np.mean((queries >= spec.max_seq_length) | (documents >= spec.max_seq_length)))
     return Rows(queries, documents, targets, share, f"{folder} (prepared, exact)", _negatives_of(spec, pairs))
 
@@ -186,7 +187,7 @@ def _sampled(spec: RunSpec, num_rows: int | None) -> Rows:
             query, document = (made.table[name].to_numpy() for name in ("query_length", "document_length"))
             lengths.append(np.stack([query, document, *(_negative_counts(made.table) if spec.stage == "II" else ())]))
             cut += int((np.maximum(made.query_tokens, made.document_tokens) > spec.max_seq_length).sum())
-            targets += _targets(spec, made.table)
+            targets += _targets(spec, made.table, contract.eos_token_id)
     first = num_rows or first
     sample = np.concatenate(lengths, axis=1)
     if not sample.size:
@@ -205,11 +206,15 @@ def _negative_counts(table: Any) -> tuple[Any, Any, Any]:
     return [len(row) for row in rows], [sum(row) for row in rows], [max(row, default=0) for row in rows]
 
 
-def _targets(spec: RunSpec, table: Any) -> int:
+def _targets(spec: RunSpec, table: Any, eos_token_id: int) -> int:
     total = 0
     for side in ("query", "document"):
-        total += int(table[f"{side}_length"].to_numpy().sum()) - table.num_rows
-        total -= int(table[f"{side}_inner_eos"].to_numpy().sum())
+        inner_eos = table[f"{side}_inner_eos"].to_numpy()
+        total += int(table[f"{side}_length"].to_numpy().sum()) - table.num_rows - int(inner_eos.sum())
         if spec.reconstruction_targets == "content":
-            total -= int(table[f"{side}_content_start"].to_numpy().sum())
+            starts = table[f"{side}_content_start"].to_numpy()
+            total -= int(starts.sum())
+            for row in np.flatnonzero(inner_eos).tolist():
+                ids = table[f"{side}_ids"][row].values.to_numpy()
+                total += int(np.count_nonzero(ids[: starts[row]] == eos_token_id))
     return total

@@ -70,12 +70,12 @@ def text_fault(value: Any, max_characters: int, *, escaped_bytes: bool = False) 
 def row_language(given: Any, query: str, document: str) -> str | None:
     """The language column's value, else decided by the script of the query (of the document if it has no letter).
 
-    None for a value that is no text: half of a surrogate pair, or a byte that is not UTF-8.
+    None for a value that is no text: a number, half of a surrogate pair, or a byte that is not UTF-8.
     """
-    if isinstance(given, str) and _SURROGATE.search(given):
+    if given is not None and (not isinstance(given, str) or _SURROGATE.search(given)):
         return None
-    if isinstance(given, str) and given.strip():
-        return given.strip()
+    if given and given.strip():
+        return str(given.strip())
     return language_of(query if any(map(str.isalpha, query)) else document[:1000])
 
 

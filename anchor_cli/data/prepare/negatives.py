@@ -6,7 +6,6 @@ belong to documents by their place, so scores that are not one number for each o
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from anchor_cli.data.prepare.leaks import LeakIndex
 from anchor_cli.data.prepare.shards import NEGATIVE_COLUMNS
 from anchor_cli.data.sources.files import Columns, Fault
 from anchor_cli.data.text import TokenisedText, canonical, content_of
+
+_LARGEST = float(np.finfo(np.float32).max)  # scores are kept as float32
 
 
 @dataclass
@@ -88,7 +89,7 @@ def _scores(values: dict[str, Any], num_negatives: int) -> dict[tuple[str, ...],
         scores: list[Any] = []
         for value in (values[name] for name in names if name in values):
             scores += value if isinstance(value, list | tuple) else [value]
-        usable = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+        usable = all(isinstance(score, int | float) and abs(score) <= _LARGEST for score in scores)  # NaN is not
         if names[0] in values:
             if not usable or len(scores) != 1 + num_negatives:
                 return None

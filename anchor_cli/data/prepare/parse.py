@@ -56,7 +56,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     except UnicodeDecodeError:  # Arrow does not look at the bytes of a string column when it reads a file
         chunk = column.combine_chunks()
         if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-            return [None if row is None else _values(pa.chunked_array([row.values])) for row in chunk]
+            return [None if row.values is None else _values(pa.chunked_array([row.values])) for row in chunk]
         binary = pa.large_binary() if pa.types.is_large_string(chunk.type) else pa.binary()
         values = chunk.cast(binary).to_pylist()
     return [_decoded(value) if isinstance(value, bytes) else value for value in values]

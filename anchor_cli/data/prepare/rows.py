@@ -6,6 +6,7 @@ the rows before (duplicates) is decided in `prepare`, in the order of the source
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -113,10 +114,9 @@ class RowMaker:
     def _check(
         self, row: int, item: int | None, query: _Side, document: _Side, language: Any, escaped: bool
     ) -> _Pair | Rejected:
-        most, sides = self._work.limits.characters, (("query", query.content), ("document", document.content))
-        for side, text in sides:
-            fault = text.reason if isinstance(text, Fault) else text_fault(text, most, escaped_bytes=escaped)
-            if fault is not None:
+        sides = (("query", query), ("document", document))
+        for side, given in sides:
+            if (fault := self._fault(given, escaped)) is not None:
                 whole_row = isinstance(query.content, Fault) and isinstance(document.content, Fault)
                 return Rejected(row, item, fault, None if whole_row else side)
         if canonical(query.content) == canonical(document.content):
@@ -126,10 +126,19 @@ class RowMaker:
         if language is None or (instruction is None and query.head is None):
             return Rejected(row, item, "unknown_language", None)
         if self._leaks is not None:
-            for side, text in sides:
-                if (leak := self._leaks.find(text)) is not None:
+            for side, given in sides:
+                if (leak := self._leaks.find(given.content)) is not None:
                     return Rejected(row, item, leak.reason, side, leak.benchmark)
         return self._pair(row, item, query, document, language, query_prefix(instruction))
+
+    def _fault(self, side: _Side, escaped: bool) -> str | None:
+        """`text_fault` of the content, and of what stands before it in a record, whatever its length."""
+        if isinstance(side.content, Fault):
+            return side.content.reason
+        fault = text_fault(side.content, self._work.limits.characters, escaped_bytes=escaped)
+        if fault is None and side.head:
+            fault = text_fault(side.head + side.content, sys.maxsize, escaped_bytes=escaped)
+        return fault
 
     def _pair(
         self, row: int, item: int | None, query: _Side, document: _Side, language: str, default_head: str
@@ -137,9 +146,8 @@ class RowMaker:
         heads = (default_head if query.head is None else query.head, document.head or "")
         given_forms = sum(side.head is not None for side in (query, document))
         use = Use(language, heads[0].removesuffix("; "), ("plain", "half", "record")[given_forms])
-        # the same text under another instruction is another row; under the run's own it is the same
-        own = "" if heads[0] == default_head else heads[0] + SEPARATOR
-        keyed = own + query.content, heads[1] + document.content
+        # the same text under another instruction is another row, whoever gives the instruction
+        keyed = heads[0] + SEPARATOR + query.content, heads[1] + document.content
         keys = pair_key(*keyed), pair_key(canonical(keyed[0]), canonical(keyed[1]))
         given = query.given, document.given
         use = self._uses.setdefault(use, use)  # one object, which is sent to the parent process once a part

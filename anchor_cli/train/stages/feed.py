@@ -63,8 +63,10 @@ class Feed:
             torch.cuda.set_device(self._device)  # of this thread; pinning would else start CUDA on the first GPU, too
         pairs, plan = self._pairs, self._plan.step(step)
         rows = plan.rows
-        queries = pairs.query_lengths[rows], pairs.query_content_starts[rows], pairs.query_inner_eos[rows]
-        documents = pairs.document_lengths[rows], pairs.document_content_starts[rows], pairs.document_inner_eos[rows]
+        inner_eos = pairs.query_inner_eos[rows], pairs.document_inner_eos[rows]
+        eos = pairs.eos_in_content(rows) if self._targets == "content" else inner_eos
+        queries = pairs.query_lengths[rows], pairs.query_content_starts[rows], eos[0]
+        documents = pairs.document_lengths[rows], pairs.document_content_starts[rows], eos[1]
         return StepBatches(
             step,
             rows,
