@@ -186,3 +186,21 @@ def test_liger_fits_the_models_it_is_applied_to(model: Path, tmp_path: Path, mon
     if backbone._liger() is None:
         change(model, model_type="qwen3")
         assert not backbone.liger_fits(model)
+
+
+@pytest.mark.parametrize(("name", "key"), [("gpt2", "resid_pdrop"), ("opt", "dropout"), ("llama", "attention_dropout")])
+def test_dropout_is_refused_in_both_stages(name: str, key: str, tmp_path: Path) -> None:
+    """No loss would be exact, nor a run continued: the key is named, and 0 is taken."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    from anchor_cli.train.stages.contrast import Contrast
+    from anchor_cli.train.stages.reconstruct import Reconstruction
+
+    model = SimpleNamespace(config=AutoConfig.for_model(name, **{key: 0.1}))
+    for stage in (Reconstruction, Contrast):
+        objective = stage.__new__(stage)
+        objective._spec = SimpleNamespace(model_name_or_path="the/model")
+        with pytest.raises(InputError, match=f"the/model: its config.json has {key} 0.1|has .*pdrop 0.1"):
+            objective.module(model, "sdpa", "eos_token")

@@ -25,6 +25,19 @@ def resolve(raw: dict[str, Any], of: RunSpec) -> dict[str, Any]:
     return ds_config.resolve_ds_config(raw, of, gradient_accumulation_steps=3, micro_batch_size=5, world_size=2)
 
 
+def test_the_batch_that_a_run_keeps_is_what_its_config_states() -> None:
+    """Begun on two ranks with 64 pairs a step, continued on one: the config's 64 still holds, and 32 does not."""
+    of, keys = spec(per_device_train_batch_size=32), {"gradient_accumulation_steps": 3, "micro_batch_size": 5}
+    raw = {"train_batch_size": 64}
+    got = ds_config.resolve_ds_config(raw, of, world_size=1, global_batch_size=64, **keys)
+    assert got["train_batch_size"] == 15
+    for stated, global_batch in ((32, 64), (64, None)):
+        with pytest.raises(InputError, match="contradicts the spec's global batch"):
+            ds_config.resolve_ds_config(
+                {"train_batch_size": stated}, of, world_size=1, global_batch_size=global_batch, **keys
+            )
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_are_what_deepspeed_accepts(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from faults.harness import (
     write_world,
 )
 
-from anchor_cli.base.checkpoints import list_checkpoints, prune, verify_checkpoint
+from anchor_cli.base.checkpoints import list_checkpoints, newest_whole, prune, verify_checkpoint
+from anchor_cli.base.errors import InputError
+from anchor_cli.spec.spec import RunSpec
 from anchor_cli.train.verify_resume import Verdict, difference
 
 pytestmark = pytest.mark.usefixtures("small_model")
@@ -177,6 +180,74 @@ def test_a_changed_spec_is_refused_with_what_differs_and_harmless_changes_are_no
     before = metrics(whole)
     world.train("whole", save_steps=3, logging_steps=5, report_to="tensorboard", max_tokens_per_micro_batch=300)
     assert metrics(whole) == before
+
+
+def test_a_save_is_never_rotated_away_for_a_newer_one_that_is_damaged(tmp_path: Path) -> None:
+    """One bit of checkpoint-300 flips: the run goes on from further back, and what it saves then stays."""
+    from anchor_cli.train.saving import commit
+
+    def saved(step: int) -> Path:
+        partial = tmp_path / f".checkpoint-{step}.partial"
+        partial.mkdir()
+        (partial / "model.safetensors").write_bytes(b"weights")
+        commit(partial, tmp_path / f"checkpoint-{step}")
+        return tmp_path / f"checkpoint-{step}"
+
+    (saved(300) / "model.safetensors").write_bytes(b"weighty")
+    assert newest_whole(tmp_path)[0] is None
+    for step, gone in ((100, ["checkpoint-300"]), (200, ["checkpoint-100"]), (300, ["checkpoint-200"])):
+        newest = saved(step)
+        assert [path.name for path in prune(tmp_path, 1, saved=newest)] == gone
+        assert newest_whole(tmp_path)[0] == newest
+
+
+def test_the_start_model_may_move_and_go_but_not_be_another(tmp_path: Path, small_model: Path) -> None:
+    from anchor_cli.base.checkpoints import model_digest
+    from anchor_cli.train.saving import copy_tokenizer
+    from anchor_cli.train.start import is_another_model
+
+    model, moved = shutil.copytree(small_model, tmp_path / "a"), shutil.copytree(small_model, tmp_path / "b")
+    state = {"start_model": model_digest(model)}
+
+    def another(name: Path | str) -> bool:
+        spec = RunSpec(model_name_or_path=str(name), dataset_file_path="d", output_dir=str(tmp_path / "out"),
+                       experiment_id="run")  # fmt: skip
+        return is_another_model(spec, state)
+
+    weights = moved / "model.safetensors"
+    own = shutil.copytree(moved, tmp_path / "out" / "run" / "checkpoint-1")
+    assert not another(model) and not another(moved) and another("Qwen/Qwen3-0.6B")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    for folder in (moved, own):
+        (folder / "model.safetensors").write_bytes(content)
+    assert another(moved) and not another(own)  # a checkpoint of the run itself is where it stands
+    state.clear()  # written by an older version
+    assert not another(moved)
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    copy_tokenizer(str(model), tmp_path / "first")
+    shutil.rmtree(model)  # such as a checkpoint of Stage I that its own run rotates away
+    copy_tokenizer(str(model), tmp_path / "second")
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert "tokenizer.json" in names and names == sorted(path.name for path in (tmp_path / "second").iterdir())
+    for name in names:
+        assert (tmp_path / "second" / name).read_bytes() == (small_model / name).read_bytes()
+
+
+def test_a_run_whose_start_model_is_gone_is_told_how_to_go_on(tmp_path: Path, small_model: Path) -> None:
+    from anchor_cli.train.start import _contract
+
+    spec = RunSpec(model_name_or_path=str(tmp_path / "gone"), dataset_file_path="d", output_dir=str(tmp_path),
+                   experiment_id="run")  # fmt: skip
+    with pytest.raises(InputError) as refused:
+        _contract(spec)
+    assert "checkpoint" not in str(refused.value.hint)
+    shutil.copytree(small_model, tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(InputError) as refused:
+        _contract(spec)
+    assert refused.value.hint == f"to go on without it, set model_name_or_path to {tmp_path / 'run' / 'checkpoint-3'}"
 
 
 def test_rotation_keeps_the_best_and_the_newest_whole(tmp_path: Path) -> None:

@@ -498,3 +498,19 @@ def test_every_training_argument_of_hugging_face_is_known() -> None:
 def test_generated_pages_are_current() -> None:
     for name, text in spec_docs.pages().items():
         assert (REPOSITORY / name).read_text(encoding="utf-8") == text, "run `make docs`"
+
+
+def test_a_warm_up_ratio_of_zero_is_no_warm_up(tmp_path: Path) -> None:
+    """As in Hugging Face, whose warmup_steps is 0 unless it is given; ours is 300."""
+    assert load_spec(write(tmp_path, LEAST)).warmup_steps == 300
+    for keys, overrides in (({"warmup_ratio": 0.0}, []), ({"warmup_ratio": 0.1}, ["warmup_ratio=0"])):
+        spec = load_spec(write(tmp_path, LEAST | keys), overrides)
+        assert (spec.warmup_steps, spec.warmup_ratio) == (0, None)
+    spec = load_spec(write(tmp_path, LEAST | {"warmup_ratio": 0.0, "warmup_steps": 7}))
+    assert (spec.warmup_steps, spec.warmup_ratio) == (7, None)
+
+
+def test_a_batch_that_a_resumed_spec_no_longer_states_is_a_difference() -> None:
+    before = RunSpec(model_name_or_path="m", dataset_file_path="d", global_batch_size=64)
+    after = RunSpec(model_name_or_path="m", dataset_file_path="d", per_device_train_batch_size=8)
+    assert differences_that_matter(before.model_dump(), after.model_dump(), 64) == ["global_batch_size: 64 -> null"]

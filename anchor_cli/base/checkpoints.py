@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -195,13 +196,14 @@ def newest_whole(run_folder: Path, up_to: int | None = None) -> tuple[Path | Non
     return None, damaged
 
 
-def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[Path]:
+def prune(run_folder: Path, limit: int | None, *, hashes: bool = False, saved: Path | None = None) -> list[Path]:
     """Remove the oldest checkpoints beyond `limit`. Returns what went.
 
     Never the best by `eval/avg/ndcg@10` (of those that were evaluated), nor the newest whole one (`hashes=False`: whole
-    by size; the one just written is). Damaged ones go first.
+    by size), nor the one just written, `saved`. Damaged ones go first; with them what is newer than `saved`, which a
+    run leaves behind when its newest checkpoint does not verify and it goes on from an older one.
     """
-    gone = removable(run_folder, list_checkpoints(run_folder), limit, hashes=hashes)
+    gone = removable(run_folder, list_checkpoints(run_folder), limit, hashes=hashes, saved=saved)
     for path in gone:
         trash = path.with_name(f".{path.name}.removed")
         os.rename(path, trash)  # gone at once under its name, then emptied
@@ -209,14 +211,35 @@ def prune(run_folder: Path, limit: int | None, *, hashes: bool = False) -> list[
     return gone
 
 
-def removable(run_folder: Path, checkpoints: list[Path], limit: int | None, *, hashes: bool) -> list[Path]:
+def removable(
+    run_folder: Path, checkpoints: list[Path], limit: int | None, *, hashes: bool, saved: Path | None = None
+) -> list[Path]:
     """What `prune` removes of `checkpoints` (oldest first)."""
     if limit is None or len(checkpoints) <= limit:
         return []
-    whole = [path for path in checkpoints if not verify_checkpoint(path, hashes=hashes)]
+    newest = None if saved is None else checkpoint_step(saved)
+    usable = [path for path in checkpoints if newest is None or (checkpoint_step(path) or 0) <= newest]
+    whole = [path for path in usable if not verify_checkpoint(path, hashes=hashes)]
     protected = {best_checkpoint(run_folder), *whole[-1:]}
     damaged_first = sorted(checkpoints, key=lambda path: path in whole)
     return [path for path in damaged_first if path not in protected][: len(checkpoints) - limit]
+
+
+def model_digest(model: str | Path) -> str:
+    """Tells one model from another without reading all of it: SHA-256 over config.json and over names, sizes and 16
+    pieces of 64 KiB of its safetensors files; of a model that is no folder its name."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return str(model)
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(16):
+                file.seek(size * piece // 16)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from anchor_cli.base.checkpoints import is_ours, verify_checkpoint
 from anchor_cli.base.console import say
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
 from anchor_cli.base.contract import NO_OTHERS, TEXT_TEMPLATE, TextContract, differences, on_one_line, read_contract
@@ -32,6 +33,7 @@ def contract_for(spec: RunSpec) -> TextContract:
         InputError: no tokenizer, one that does not fit the model or could never be exported, or the model is a
             checkpoint or export that was trained under another contract.
     """
+    require_whole(Path(spec.model_name_or_path).expanduser())
     tokenizer = load_tokenizer(spec.model_name_or_path)
     require_ids_within(tokenizer, embedding_rows(spec.model_name_or_path), spec.model_name_or_path)
     require_exportable(tokenizer, spec.model_name_or_path)
@@ -45,6 +47,16 @@ def contract_for(spec: RunSpec) -> TextContract:
     )
     require_contract_of(Path(spec.model_name_or_path).expanduser(), contract)
     return contract
+
+
+def require_whole(model: Path) -> None:
+    """Refuse a checkpoint of ours, as the model to begin from, that lacks a file or has one cut short.
+
+    Raises:
+        InputError: names it.
+    """
+    if is_ours(model) and (problems := verify_checkpoint(model, hashes=False)):
+        raise InputError(f"{model}: not a whole checkpoint: {problems[0]}", "copy it again, or take another one")
 
 
 def require_contract_of(model: Path, contract: TextContract) -> None:

@@ -252,3 +252,17 @@ def _not_packable(config: PretrainedConfig, source: str, problem: str) -> InputE
     return InputError(
         f"model_name_or_path: {source!r} ({config.model_type}) cannot be run without padding: {problem}", hint=_PLAIN
     )
+
+
+def refuse_dropout(config: Any, model: str) -> None:
+    """Dropout would make the loss depend on how a step is cut, and a run not repeatable; Stage II encodes a text twice.
+
+    Raises:
+        InputError: names the key of config.json.
+    """
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float) and value > 0:
+            raise InputError(
+                f"{model}: its config.json has {key} {value:g}: with dropout no loss can be exact, nor a run continued",
+                f"set {key} to 0 there",
+            )

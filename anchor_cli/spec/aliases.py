@@ -183,6 +183,7 @@ def _translate_values(ours: dict[str, Any]) -> None:
         if key in ours and ours[key] is None:
             del ours[key]
     if ours.get("warmup_ratio") == 0:
-        ours["warmup_ratio"] = None  # Hugging Face's default: warmup_steps alone counts
+        ours["warmup_ratio"] = None  # as in Hugging Face warmup_steps counts, whose default there is 0
+        ours.setdefault("warmup_steps", 0)
     if ours.get("save_total_limit") == 0:
         ours["save_total_limit"] = None

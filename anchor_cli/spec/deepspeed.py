@@ -158,17 +158,20 @@ def resolve_ds_config(
     gradient_accumulation_steps: int,
     micro_batch_size: int,
     world_size: int,
+    global_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """What DeepSpeed gets: every `"auto"` replaced, every stated value compared with the spec.
 
     `gradient_accumulation_steps` and `micro_batch_size` are passed to the engine, as DeepSpeed wants
-    micro_batch_size x accumulation x ranks = train_batch_size. A config that states them is compared with the spec's.
+    micro_batch_size x accumulation x ranks = train_batch_size. A config that states them is compared with the spec's;
+    its train_batch_size with `global_batch_size`, which a continued run keeps on any number of ranks.
 
     Raises:
         InputError: a value that contradicts the spec, an `"auto"` nobody decides.
     """
     made = copy.deepcopy(raw)
-    _agree(made, "train_batch_size", spec.global_batch(world_size), f"global batch ({world_size} ranks)")
+    global_batch_size = global_batch_size or spec.global_batch(world_size)
+    _agree(made, "train_batch_size", global_batch_size, f"global batch ({world_size} ranks)")
     _agree(made, "train_micro_batch_size_per_gpu", spec.per_device_train_batch_size, "per_device_train_batch_size")
     _agree(made, "gradient_accumulation_steps", spec.gradient_accumulation_steps, "gradient_accumulation_steps")
     made["train_micro_batch_size_per_gpu"] = micro_batch_size

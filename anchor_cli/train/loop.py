@@ -160,9 +160,11 @@ class Training:
             with contextlib.suppress(OSError):  # a full disk is no reason to hide the incident
                 write_json(path, {"step": step, "reason": error.message, "rows": ready.rows.tolist()})
         self.close("incident", step, reason=error.message)
+        since = sorted({step} | {skipped for skipped in self.run.skipped_steps if skipped >= self.run.first_step})
+        options = " ".join(f"--skip-step {each}" for each in since)  # those before it are in no checkpoint yet
         return NonFiniteGradient(
             f"step {step}: {error.message}; no weight was changed; its {len(ready.rows)} rows are in {path}",
-            hint=f"look: anchor replay {self.run.folder} --step {step}; go on without it: --skip-step {step}",
+            hint=f"look: anchor replay {self.run.folder} --step {step}; go on without it: {options}",
         )
 
     def end(self) -> None:
@@ -224,7 +226,9 @@ def open_log(run: Run, eval_data: dict[str, str]) -> MetricsLog:
     trackers = start_trackers(run.spec, run.folder, run.wandb_run_id, run.first_step)
     run.wandb_run_id = next((tracker.run_id for tracker in trackers if tracker.run_id), run.wandb_run_id)
     log.track(trackers)
-    details = {"world_size": run.ranks.world_size} | ({"eval_data": eval_data} if eval_data else {})
+    details: dict[str, Any] = {"world_size": run.ranks.world_size}
+    details |= {"eval_data": eval_data} if eval_data else {}
+    details |= {"skipped_steps": sorted(run.skipped_steps)} if run.skipped_steps else {}
     log.event("resume" if run.checkpoint else "start", run.first_step, **details)
     return log
 

@@ -103,12 +103,14 @@ def replay(run_folder: Path, step: int) -> Replay:
     for line in damaged:
         warn(line)
     if checkpoint is None:
-        spec = spec.model_copy(update={"global_batch_size": spec.global_batch(world_size_of(run_folder))})
+        world_size = int(last_start(run_folder).get("world_size", 1))
+        spec = spec.model_copy(update={"global_batch_size": spec.global_batch(world_size)})
     ranks = start_processes()
     run = build_run(spec, ranks, run_folder, contract, pairs, checkpoint, Watchdog(run_folder, 0))
     if not 0 <= step < run.total_steps:
         raise InputError(f"--step {step}: the run has steps 0 to {run.total_steps - 1}")
     first = run.first_step
+    run.skip(tuple(each for each in last_start(run_folder).get("skipped_steps", ()) if each >= first))
     with progress(f"steps {first} to {step} again", step - first, "steps") as done:
         for ready in run.feed.steps(first, step):
             if ready.step not in run.skipped_steps:
@@ -128,10 +130,10 @@ def with_ds_config_for_one(spec: RunSpec, run_folder: Path) -> RunSpec:
     return spec.model_copy(update={"deepspeed": name})
 
 
-def world_size_of(run_folder: Path) -> int:
-    """Processes of the run when it began."""
-    lines = read_json_lines(RunFolder(run_folder).events)
-    return int(next((line["world_size"] for line in lines if "world_size" in line), 1))
+def last_start(run_folder: Path) -> dict[str, Any]:
+    """What events.jsonl says of the last time the run was started; empty where it says nothing."""
+    starts = [line for line in read_json_lines(RunFolder(run_folder).events) if "world_size" in line]
+    return starts[-1] if starts else {}
 
 
 def as_cut(run: Run, step: int) -> StepRows:

@@ -40,6 +40,8 @@ class Run:
     token_budget: int
     checkpoint: Path | None = None
     """What it continues from."""
+    start_model: str = ""
+    """`model_digest` of the model that the run began with."""
     state: dict[str, Any] = field(default_factory=dict)
     """The `training_state.json` it continues from; empty for a fresh run."""
 
@@ -116,6 +118,7 @@ class Run:
             "global_batch_size": self.plan.global_batch_size,
             "world_size": self.ranks.world_size,
             "num_micro_batches": self.plan.num_micro_batches,
+            "start_model": self.start_model,
             "spec": self.spec.model_dump(),
             "spec_fingerprint": self.spec.fingerprint,
             "data_fingerprint": self.pairs.fingerprint,

@@ -85,7 +85,7 @@ class Checkpoints:
         if log:
             log.event("checkpoint", step)
             try:
-                prune(run.folder, run.spec.save_total_limit)
+                prune(run.folder, run.spec.save_total_limit, saved=self.newest)
             except OSError as error:  # the new one stands: not a reason to lose the run
                 warn(f"older checkpoints could not be removed ({error}); the next save tries again")
         return True
@@ -147,7 +147,7 @@ def save(run: Run, step: int, log: MetricsLog | None) -> None:
             if by_all or run.is_first:
                 part()
         except (OSError, SafetensorError) as error:
-            problem = str(error)
+            problem = str(error) or type(error).__name__
         if problem := run.ranks.first_text(problem):
             if run.is_first:
                 sweep_partials(run.folder)
@@ -157,8 +157,7 @@ def save(run: Run, step: int, log: MetricsLog | None) -> None:
 def bytes_of_one(run: Run) -> int:
     """Bytes of one checkpoint of this run: tensors, the tokenizer's files, 256 KB of JSON."""
     weights = sum(int(getattr(p, "ds_numel", p.numel())) for p in run.model.parameters())
-    files = [_tokenizer_file(run.spec.model_name_or_path, name) for name in _TOKENIZER_FILES]
-    tokenizer = sum(path.stat().st_size for path in files if path is not None)
+    tokenizer = sum(len(_tokenizer_file(run.spec.model_name_or_path, name) or b"") for name in _TOKENIZER_FILES)
     return checkpoint_bytes(weights, 2 if run.spec.precision == "bfloat16" else 4, tokenizer + 2**18)
 
 
@@ -199,23 +198,24 @@ def copy_tokenizer(source: str, folder: Path) -> None:
     `tokenizer.json`, which the contract's fingerprint would then have to be the same for.
     """
     for name in _TOKENIZER_FILES:
-        path = _tokenizer_file(source, name)
-        if path is not None:
-            shutil.copyfile(path, folder / name)
+        content = _tokenizer_file(source, name)
+        if content is not None:
+            (folder / name).write_bytes(content)
 
 
 @cache
-def _tokenizer_file(source: str, name: str) -> Path | None:
-    """Looked up once a process, at its start (`bytes_of_one`): a network that fails later changes nothing."""
+def _tokenizer_file(source: str, name: str) -> bytes | None:
+    """Read once a process, at its start (`bytes_of_one`): a network that fails later, or a model's folder that goes,
+    such as a checkpoint of Stage I that its own run rotates away, changes nothing."""
     if Path(source).is_dir():
         of_texts = "token" in name or "chat" in name
         path = (tokenizer_folder(Path(source)) if of_texts else Path(source)) / name
-        return path if path.is_file() else None
+        return path.read_bytes() if path.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(source, name))
+        return Path(hf_hub_download(source, name)).read_bytes()
     except EntryNotFoundError:  # LocalEntryNotFoundError, offline and not in the cache, is one of them
         return None
 

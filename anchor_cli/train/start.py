@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from anchor_cli.base.checkpoints import newest_whole, read_state
+from anchor_cli.base.checkpoints import model_digest, newest_checkpoint, newest_whole, read_state
 from anchor_cli.base.console import say, warn
 from anchor_cli.base.contract import TextContract
 from anchor_cli.base.cpu import SLOW_BFLOAT16, has_fast_bfloat16
@@ -36,7 +36,7 @@ from anchor_cli.train.run import Run
 from anchor_cli.train.saving import require_room, sweep_partials
 from anchor_cli.train.stages.objective import Objective, objective_of
 
-_PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless; data has a fingerprint
+_PATHS = frozenset({"model_name_or_path", "dataset_file_path"})  # moved folders are harmless: both have fingerprints
 _BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
 
 
@@ -50,7 +50,7 @@ def start_run(spec: RunSpec, ranks: Ranks, spec_folder: Path, watchdog: Watchdog
     watchdog.phase("start-up (data and checkpoint)", None)
     checkpoint: Path | None = None
     with ranks.refuse_together():
-        contract = contract_for(spec)
+        contract = _contract(spec)
         pairs = training_pairs(spec, contract)
         if ranks.rank == 0:
             lock_run(spec.run_folder)
@@ -79,6 +79,8 @@ def checkpoint_to_continue(spec: RunSpec, contract: TextContract, data_fingerpri
         return None
     state = read_state(checkpoint)
     changed = differences_that_matter(state["spec"], spec.model_dump(), state["global_batch_size"])
+    if is_another_model(spec, state):
+        changed.append(f"model_name_or_path: {spec.model_name_or_path} is another model than it began with")
     if state["data_fingerprint"] != data_fingerprint:
         changed.append("the training data are not the ones it began with")
     if changed:
@@ -89,6 +91,25 @@ def checkpoint_to_continue(spec: RunSpec, contract: TextContract, data_fingerpri
     require_contract_of(checkpoint, contract)
     refuse_to_stop_before(spec, checkpoint, int(state["step"]))
     return checkpoint
+
+
+def _contract(spec: RunSpec) -> TextContract:
+    """`contract_for`; a run whose start model is gone goes on from its own checkpoint. Raises InputError."""
+    try:
+        return contract_for(spec)
+    except InputError as error:
+        own = newest_checkpoint(spec.run_folder)
+        if own is None or Path(spec.model_name_or_path).expanduser().exists():
+            raise
+        raise InputError(error.message, f"to go on without it, set model_name_or_path to {own}") from error
+
+
+def is_another_model(spec: RunSpec, state: dict[str, Any]) -> bool:
+    """Whether the spec names another start model than that of the checkpoint; a checkpoint of the same run is none."""
+    model = Path(spec.model_name_or_path).expanduser()
+    if "start_model" in state and spec.run_folder.resolve() not in model.resolve().parents:
+        return bool(state["start_model"] != model_digest(spec.model_name_or_path))
+    return False
 
 
 def differences_that_matter(old: dict[str, Any], new: dict[str, Any], global_batch_size: int) -> list[str]:
@@ -110,6 +131,8 @@ def differences_that_matter(old: dict[str, Any], new: dict[str, Any], global_bat
         )
         if before != after:
             changed.append(f"per_device_train_batch_size x gradient_accumulation_steps: {before} -> {after}")
+    else:
+        changed.append(f"global_batch_size: {global_batch_size} -> null")
     return changed
 
 
@@ -168,11 +191,13 @@ def build_run(
         gradient_accumulation_steps=plan.num_micro_batches,
         micro_batch_size=1,
         world_size=ranks.world_size,
+        global_batch_size=global_batch,
     )
     engine, optimizer = build_engine(model, spec, ds_config, ranks.device)
     feed = objective.feed(plan)
     made = (spec, ranks, contract, pairs, plan, engine, optimizer, objective, feed, kernel, liger, raw, budget.tokens)
-    run = Run(*made, checkpoint=checkpoint, state=state)
+    start_model = state.get("start_model") or model_digest(spec.model_name_or_path)
+    run = Run(*made, checkpoint=checkpoint, start_model=start_model, state=state)
     if checkpoint is not None:
         watchdog.phase("start-up (optimizer state)", None)
         restore(run, checkpoint)

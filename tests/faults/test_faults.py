@@ -254,6 +254,31 @@ def test_a_step_that_is_not_finite_changes_nothing_and_can_be_replayed_and_skipp
     assert state["skipped_steps"] == steps and state["step"] == 8
 
 
+def test_two_bad_steps_between_two_checkpoints(poisoned: tuple[Path, str], tmp_path: Path) -> None:
+    """No checkpoint knows the first skip when the second step fails: what is printed then names both, and works."""
+    model, word = poisoned
+    world = World(tmp_path, model)
+    lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    for row in (11, 40):
+        record = json.loads(lines[row])
+        lines[row] = json.dumps(record | {"anchor": f"{record['anchor']} {word}"})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    from anchor_cli.data.batches import epoch_order
+
+    first, second = sorted(int(list(epoch_order(64, 42, 0)).index(row)) // 8 for row in (11, 40))
+    assert first < second
+    spec = {"save_steps": 0, "eval_steps": 0, "precision": "float32", "deepspeed": "zero2_fp32"}
+    code, said = world.end("run", spec=spec)
+    assert code == 1 and said.rstrip().endswith(f"go on without it: --skip-step {first}"), said
+    code, said = world.end("run", "--skip-step", str(first), spec=spec)
+    options = ["--skip-step", str(first), "--skip-step", str(second)]
+    assert code == 1 and f"go on without it: {' '.join(options)}" in said, said
+    code, said = fork_server().run(["replay", str(world.run("run")), "--step", str(second), "--json"], tmp_path)
+    assert code == 0 and '"finite": false' in said, said
+    code, said = world.end("run", *options, spec=spec)
+    assert code == 0, said
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 

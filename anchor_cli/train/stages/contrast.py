@@ -28,6 +28,7 @@ from anchor_cli.data.batches import BatchPlan
 from anchor_cli.data.contrast_rows import ContrastData, StepTexts
 from anchor_cli.data.pairs import PreparedPairs
 from anchor_cli.data.text_batches import make_text_plan
+from anchor_cli.model.backbone import refuse_dropout
 from anchor_cli.model.contrast import ContrastCounts, ContrastRows, ContrastSettings, contrastive_loss
 from anchor_cli.model.encoder import PackedEncoder
 from anchor_cli.plan.contrast import loss_bytes
@@ -45,16 +46,6 @@ NEARLY_ALL = 0.9
 def settings_of(spec: RunSpec) -> ContrastSettings:
     """The keys that the loss depends on."""
     return ContrastSettings(**{field.name: getattr(spec, field.name) for field in fields(ContrastSettings)})
-
-
-def refuse_dropout(config: Any, model: str) -> None:
-    """The second encoding of a text must equal the first. Raises InputError."""
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float) and value > 0:
-            raise InputError(
-                f"{model}: its config.json has {key} {value:g}: Stage II encodes each text twice and must get the same",
-                f"set {key} to 0 there",
-            )
 
 
 def refuse_wide_dims(settings: ContrastSettings, dimensions: int) -> None:

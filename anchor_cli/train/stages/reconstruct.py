@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from anchor_cli.base import metric_names as names
 from anchor_cli.data.batches import BatchPlan, make_plan
 from anchor_cli.data.pairs import PreparedPairs
+from anchor_cli.model.backbone import refuse_dropout
 from anchor_cli.model.packed import PairBatch
 from anchor_cli.model.reconstruction import ReconstructionModel, target_scales
 from anchor_cli.plan.flops import ModelShape, objective_flops
@@ -46,6 +47,7 @@ class Reconstruction:
         return make_plan(self._row_lengths, **keys)
 
     def module(self, language_model: PreTrainedModel, kernel: str, pooling_mode: str) -> ReconstructionModel:
+        refuse_dropout(language_model.config, self._spec.model_name_or_path)
         return ReconstructionModel(language_model, kernel=kernel, pooling_mode=pooling_mode)
 
     def feed(self, plan: BatchPlan) -> Feed:
