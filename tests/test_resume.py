@@ -236,6 +236,22 @@ def test_the_start_model_may_move_and_go_but_not_be_another(tmp_path: Path, smal
         assert (tmp_path / "second" / name).read_bytes() == (small_model / name).read_bytes()
 
 
+def test_a_step_is_cut_as_before_where_it_can_be() -> None:
+    """Less is free on the card at the next start, or more: the same cut rounds the same."""
+    from anchor_cli.plan.budget import Budget
+    from anchor_cli.train.start import as_it_was
+
+    spec = RunSpec(model_name_or_path="m", dataset_file_path="d")
+    state = {"token_budget": 900, "world_size": 2, "spec": spec.model_dump()}
+    own = spec.model_copy(update={"max_tokens_per_micro_batch": 1000})
+    for fits, of, then, ranks, want in (
+        (1000, spec, state, 2, 900), (900, spec, state, 2, 900), (899, spec, state, 2, 899),
+        (1000, spec, state, 1, 1000), (1000, own, state, 2, 1000), (1000, spec, {}, 2, 1000),
+        (1000, spec, state | {"spec": own.model_dump()}, 2, 1000),
+    ):  # fmt: skip
+        assert as_it_was(Budget(fits, "what fits in memory", False, "auto"), of, then, ranks).tokens == want
+
+
 def test_a_run_whose_start_model_is_gone_is_told_how_to_go_on(tmp_path: Path, small_model: Path) -> None:
     from anchor_cli.train.start import _contract
 

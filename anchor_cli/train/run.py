@@ -118,6 +118,7 @@ class Run:
             "global_batch_size": self.plan.global_batch_size,
             "world_size": self.ranks.world_size,
             "num_micro_batches": self.plan.num_micro_batches,
+            "token_budget": self.token_budget,
             "start_model": self.start_model,
             "spec": self.spec.model_dump(),
             "spec_fingerprint": self.spec.fingerprint,

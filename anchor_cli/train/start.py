@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def build_run(
     keys = {"seed": spec.seed, "global_batch_size": global_batch, "world_size": ranks.world_size, "total_steps": total}
     plan_for = cache(partial(objective.plan, **keys))  # a plan of millions of rows takes seconds
     budget = fewest_micro_batches(budget, lambda tokens: plan_for(token_budget=tokens).num_micro_batches)
+    budget = as_it_was(budget, spec, state, ranks.world_size)
     plan = plan_for(token_budget=budget.tokens)
     watchdog.phase("start-up (model)", None)
     language_model = load_backbone(
@@ -226,6 +228,16 @@ def budget_of(
     held = objective.loss_bytes(global_batch, shape.hidden_size)
     longest = objective.longest
     return choose_budget(spec, shape, options, float(free.item()), longest, kernel=kind, fused=fused, loss_bytes=held)
+
+
+def as_it_was(budget: Budget, spec: RunSpec, state: dict[str, Any], world_size: int) -> Budget:
+    """The token budget of the checkpoint, on as many processes: what is free on a GPU differs from start to start, and
+    another cut of a step rounds otherwise. One that does not fit now, or that a spec states, is not taken over."""
+    tokens = state.get("token_budget")
+    stated = spec.max_tokens_per_micro_batch or state.get("spec", {}).get("max_tokens_per_micro_batch")
+    if tokens is None or stated or tokens > budget.tokens or state["world_size"] != world_size:
+        return budget
+    return replace(budget, tokens=tokens, source="as before")
 
 
 def restore(run: Run, checkpoint: Path) -> None:
