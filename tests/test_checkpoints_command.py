@@ -154,13 +154,13 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
 ) -> None:
     from anchor_cli.train import saving
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "checkpoint-1")
 
     monkeypatch.setattr(saving, "save", lambda *_: None)
     monkeypatch.setattr(saving, "prune", fail)
     spec = SimpleNamespace(save_total_limit=1, save_steps=2.0)
-    run = SimpleNamespace(folder=tmp_path, spec=spec, total_steps=4, checkpoint=None)
+    run = SimpleNamespace(folder=tmp_path, files=RunFolder(tmp_path), spec=spec, total_steps=4, checkpoint=None)
     checkpoints = saving.Checkpoints(run, MetricsLog(tmp_path, 0))  # type: ignore[arg-type]
     assert checkpoints.save(2)
     assert checkpoints.saved_step == 2

@@ -144,3 +144,19 @@ def test_the_tokenizer_of_a_hub_model_is_copied_as_it_is(
     assert tokenizer_fingerprint(load_tokenizer(run)) == want
     AutoTokenizer.from_pretrained(small_model).save_pretrained(resaved)
     assert tokenizer_fingerprint(load_tokenizer(resaved)) == want == tokenizer_fingerprint(load_tokenizer(small_model))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("anchor.json", "anchor.json is missing"), ("model.safetensors", "bytes")]
+)
+def test_a_start_checkpoint_that_lacks_a_file_or_has_one_cut_short_is_refused(
+    name: str, problem: str, small_model: Path, tmp_path: Path
+) -> None:
+    """Copied in part, or while it was being written."""
+    path = make_checkpoint(tmp_path, 1, small_model, make_contract(small_model)) / name
+    content = path.read_bytes()
+    path.unlink()
+    if name != "anchor.json":
+        path.write_bytes(content[:-8])
+    with pytest.raises(InputError, match=f"checkpoint-1: not a whole checkpoint: {name}.*{problem.split()[-1]}"):
+        contract_for(spec_of(path.parent))

@@ -379,6 +379,7 @@ def test_the_command_with_one_and_two_processes(prepared: Path, small_model: Pat
     ("options", "said"),
     [
         (["--range-min", "9", "--range-max", "9"], "--range-min 9"),
+        (["--relative-margin", "nan"], "--relative-margin nan: expected a finite number"),
         (["--corpus", "nowhere"], "nowhere"),
         (["--cross-encoder", "/"], "--cross-encoder /: cannot be loaded"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,13 +62,6 @@ def mine(
     from anchor_cli.mine.select import REJECTED, REJECTED_BY_A_THRESHOLD, Rules
     from anchor_cli.processes.ranks import environment_ranks
 
-    thresholds = {"--min-score": min_score, "--max-score": max_score, "--absolute-margin": absolute_margin,
-                  "--relative-margin": relative_margin}  # fmt: skip
-    for option, threshold in thresholds.items():
-        if threshold is not None and not math.isfinite(threshold):
-            raise InputError(f"{option} {threshold}: expected a finite number")
-    if range_min >= range_max:
-        raise InputError(f"--range-min {range_min}: not below --range-max {range_max}")
     rules = Rules(
         num_negatives, range_min, range_max, min_score, max_score, absolute_margin, relative_margin, sampling, seed,
         min_characters,
@@ -80,7 +72,7 @@ def mine(
         raise InputError(f"--cross-encoder {cross_encoder}: no such folder")
     further = [text for name in corpus or [] for text in read_documents(name).values()]
     place, ranks = Path(out), environment_ranks()
-    from anchor_cli.mine.run import Mining, finish, mine_rank, prepare_raw_pairs, require_new
+    from anchor_cli.mine.run import Mining, finish, mine_rank, open_pairs, prepare_raw_pairs, require_new
 
     job = Mining(pairs, folder, place, rules, further, work_dir, batch_tokens, cross_encoder, tokenizer)
     require_new(job)
@@ -94,6 +86,7 @@ def mine(
             from anchor_cli.mine.store import claim
             from anchor_cli.processes.launch import launch
 
+            open_pairs(job)  # refused here, before workers start
             claim(job.store)
             launch(sys.argv[1:], processes, job.store)
             return

@@ -33,7 +33,6 @@ def contract_for(spec: RunSpec) -> TextContract:
         InputError: no tokenizer, one that does not fit the model or could never be exported, or the model is a
             checkpoint or export that was trained under another contract.
     """
-    require_whole(Path(spec.model_name_or_path).expanduser())
     tokenizer = load_tokenizer(spec.model_name_or_path)
     require_ids_within(tokenizer, embedding_rows(spec.model_name_or_path), spec.model_name_or_path)
     require_exportable(tokenizer, spec.model_name_or_path)
@@ -45,7 +44,9 @@ def contract_for(spec: RunSpec) -> TextContract:
         max_seq_length=spec.max_seq_length,
         pooling_mode=spec.pooling_mode,
     )
-    require_contract_of(Path(spec.model_name_or_path).expanduser(), contract)
+    model = Path(spec.model_name_or_path).expanduser()
+    require_contract_of(model, contract)
+    require_whole(model)
     return contract
 
 

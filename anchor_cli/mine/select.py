@@ -9,6 +9,7 @@ random, each only if its text is no near-duplicate of a known positive.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from anchor_cli.base.errors import InputError
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
@@ -62,6 +65,15 @@ class Rules:
     """Of random sampling; together with the row it decides, whatever the order in which rows are mined."""
     min_characters: int = 10
     """Shorter documents are never negatives."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError: an empty window of ranks, or a threshold that is no number."""
+        if self.range_min >= self.range_max:
+            raise InputError(f"--range-min {self.range_min}: not below --range-max {self.range_max}")
+        for name in ("min_score", "max_score", "absolute_margin", "relative_margin"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected a finite number")
 
 
 def choose(
