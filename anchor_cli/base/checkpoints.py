@@ -168,6 +168,14 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> list[str]:
         return [problem for problem in problems if problem]
 
 
+def require_whole(folder: Path) -> None:
+    """Refuse a checkpoint of ours that lacks a file or has one cut short, by sizes. Raises InputError."""
+    if is_ours(folder) and (problems := verify_checkpoint(folder, hashes=False)):
+        others = [path.name for path in list_checkpoints(folder.parent) if path != folder]
+        hint = f"choose another checkpoint: {', '.join(others)}" if others else "it cannot be used"
+        raise InputError(f"{folder}: not a whole checkpoint: {problems[0]}", hint)
+
+
 def _problem(path: Path, known: dict[str, Any], hashes: bool) -> str | None:
     """What is wrong with one file of a checkpoint."""
     try:

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from anchor_cli.base.checkpoints import is_ours, verify_checkpoint
+from anchor_cli.base.checkpoints import require_whole
 from anchor_cli.base.console import say
 from anchor_cli.base.contract import FILE_NAME as CONTRACT
 from anchor_cli.base.contract import NO_OTHERS, TEXT_TEMPLATE, TextContract, differences, on_one_line, read_contract
@@ -48,16 +48,6 @@ def contract_for(spec: RunSpec) -> TextContract:
     require_contract_of(model, contract)
     require_whole(model)
     return contract
-
-
-def require_whole(model: Path) -> None:
-    """Refuse a checkpoint of ours, as the model to begin from, that lacks a file or has one cut short.
-
-    Raises:
-        InputError: names it.
-    """
-    if is_ours(model) and (problems := verify_checkpoint(model, hashes=False)):
-        raise InputError(f"{model}: not a whole checkpoint: {problems[0]}", "copy it again, or take another one")
 
 
 def require_contract_of(model: Path, contract: TextContract) -> None:

@@ -10,9 +10,8 @@ from anchor_cli.base.checkpoints import (
     checkpoint_of,
     default_checkpoint,
     find_checkpoint,
-    is_ours,
     list_checkpoints,
-    verify_checkpoint,
+    require_whole,
 )
 from anchor_cli.base.console import say
 from anchor_cli.base.errors import InputError, first_line
@@ -69,10 +68,7 @@ def _place(name: str) -> ModelPlace:
 
 def _checked(name: str, folder: Path) -> ModelPlace:
     """The place, once it is sure that a whole model is there."""
-    if is_ours(folder) and (problems := verify_checkpoint(folder, hashes=False)):
-        others = [path.name for path in list_checkpoints(folder.parent) if path != folder]
-        hint = f"choose another checkpoint: {', '.join(others)}" if others else "it cannot be used"
-        raise InputError(f"{folder}: not a whole checkpoint: {problems[0]}", hint)
+    require_whole(folder)
     if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
         return ModelPlace(name, folder)
     if (folder / "adapter_config.json").is_file():
